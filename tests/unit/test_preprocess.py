@@ -1,0 +1,550 @@
+"""Labels, filters, normalization and the description of effects, each against a second computation."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse, stats
+from scipy.spatial.distance import cdist
+from sklearn.metrics import roc_auc_score
+
+from biojepa.contracts import CELLS_OBS, PERTURBATION_TABLE_COLUMNS, QC_COLUMNS
+from biojepa.errors import InputError
+from biojepa.guides import GuideAssignment
+from biojepa.preprocess import PreprocessSettings, preprocess_screen, write_preprocessed
+from biojepa.preprocess.effects import count_changed_genes, energy_distance, energy_test, principal_components
+from biojepa.preprocess.normalize import log_normalize
+from biojepa.preprocess.quality import mad_outliers
+from biojepa.raw import GUIDE_COUNTS, GUIDE_NAMES, ScreenSource, read_screen
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "workflow" / "scripts"
+GENES = [f"G{i}" for i in range(38)] + ["MT-1", "MT-2"]
+SOURCE = ScreenSource(
+    "toy",
+    "toy.h5ad",
+    perturbation_column="gene",
+    control_label="NT",
+    guide_column="guide",
+    batch_column="lane",
+    perturbation_type="CRISPRi",
+)
+SETTINGS = PreprocessSettings(
+    min_cells_per_perturbation=10, mad_threshold=None, permutations=199, effect_components=5
+)
+
+
+def toy(seed=0):
+    """Return 300 cells: G0 is knocked down where it is targeted, G1+G2 shifts ten genes, G3 does nothing."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(["NT", "G0", "G2+G1", "G3", "RARE"], [100, 60, 60, 75, 5])
+    mean = np.tile(rng.gamma(2.0, 3.0, 40), (300, 1))
+    mean[:, :5] = 8.0
+    mean[labels == "G0", 0] *= 0.1
+    mean[labels == "G2+G1", 10:20] *= 2.5
+    counts = rng.poisson(mean * rng.lognormal(0, 0.2, 300)[:, None]).astype(np.float32)
+    obs = pd.DataFrame({"gene": labels}, index=[f"c{i}" for i in range(300)])
+    obs["lane"] = np.where(np.arange(300) % 2, "a", "b")
+    obs["guide"] = [f"{label}_g{i % 3}" for i, label in enumerate(labels)]
+    return ad.AnnData(X=sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame({"gene_id": GENES}, index=GENES))
+
+
+def row(table, column, value):
+    return table[table[column] == value].iloc[0]
+
+
+def test_cells_follow_the_contract():
+    screen = toy()
+    cells = preprocess_screen(screen, SOURCE, SETTINGS).cells
+    assert list(cells.obs.columns[: len(CELLS_OBS)]) == list(CELLS_OBS)
+    assert cells.obs["perturbation"].value_counts().to_dict() == {
+        "control": 100,
+        "G3": 75,
+        "G0": 60,
+        "G1+G2": 60,
+    }
+    assert (cells.obs["is_control"] == (cells.obs["perturbation"] == "control")).all()
+    assert cells.obs.groupby("perturbation", observed=True)["n_perturbed_genes"].first().to_dict() == {
+        "control": 0,
+        "G0": 1,
+        "G1+G2": 2,
+        "G3": 1,
+    }
+    raw = screen[cells.obs_names, cells.var_names].X.toarray()
+    np.testing.assert_array_equal(cells.layers["counts"].toarray(), raw)
+    total = screen[cells.obs_names].X.toarray().sum(axis=1)
+    np.testing.assert_allclose(cells.obs["library_size"], total)
+    np.testing.assert_allclose(cells.X.toarray(), np.log1p(raw / total[:, None] * 1e4), rtol=1e-6)
+    mito = screen[cells.obs_names, ["MT-1", "MT-2"]].X.toarray().sum(axis=1)
+    np.testing.assert_allclose(cells.obs["pct_mito"], 100 * mito / total, rtol=1e-6)
+    assert cells.X.dtype == cells.layers["counts"].dtype == np.float32
+    assert sparse.isspmatrix_csr(cells.X)
+
+
+def test_library_size_comes_from_the_whole_transcriptome_where_the_file_is_a_panel():
+    screen = toy()
+    screen.obs["umis"] = 5 * np.asarray(screen.X.sum(axis=1)).ravel() + 7
+    source = replace(SOURCE, library_size_column="umis")
+    cells = preprocess_screen(screen, source, replace(SETTINGS, target_sum=1000.0)).cells
+    expected = np.log1p(
+        cells.layers["counts"].toarray() / cells.obs["library_size"].to_numpy()[:, None] * 1000
+    )
+    np.testing.assert_allclose(cells.obs["library_size"], screen.obs.loc[cells.obs_names, "umis"])
+    np.testing.assert_allclose(cells.X.toarray(), expected, rtol=1e-6)
+
+
+def test_library_size_is_taken_before_genes_are_filtered():
+    screen = toy()
+    counts = screen.X.toarray()
+    counts[:, 39] = 0
+    counts[0, 39] = 50
+    screen.X = sparse.csr_matrix(counts)
+    result = preprocess_screen(screen, SOURCE, SETTINGS)
+    assert "MT-2" not in result.cells.var_names
+    assert result.cells.obs.loc["c0", "library_size"] == screen.X[0].sum()
+    assert row(result.qc, "filter", "min_cells_per_gene")["note"] == "genes: 40 before, 1 removed, 39 after"
+
+
+def test_every_lost_cell_is_in_exactly_one_row_of_the_funnel():
+    screen = toy()
+    screen.obs["gene"] = screen.obs["gene"].astype(object)
+    screen.obs.iloc[:4, 0] = None
+    counts = screen.X.toarray()
+    counts[4:7] = 0
+    counts[7, 38] = 5000  # almost nothing but one mitochondrial gene
+    screen.X = sparse.csr_matrix(counts)
+    result = preprocess_screen(screen, SOURCE, SETTINGS)
+    qc = result.qc
+    assert tuple(qc.columns) == QC_COLUMNS
+    removed = qc.set_index("filter")["cells_removed"]
+    assert removed[removed > 0].to_dict() == {
+        "unlabelled": 4,
+        "min_counts": 3,
+        "max_pct_mito": 1,
+        "min_cells_per_perturbation": 5,
+    }
+    assert (qc["cells_before"] - qc["cells_removed"] == qc["cells_after"]).all()
+    assert (qc["cells_before"].to_numpy()[1:] == qc["cells_after"].to_numpy()[:-1]).all()
+    assert qc["cells_after"].iloc[-1] == result.cells.n_obs == 287
+    assert "RARE (5)" in row(qc, "filter", "min_cells_per_perturbation")["note"]
+
+
+def test_mad_limits_agree_with_scipy_and_hold_within_a_batch():
+    rng = np.random.default_rng(2)
+    values = np.concatenate([rng.normal(0, 1, 500), rng.normal(100, 3, 500)])
+    values[[3, 700]] = [9.0, 60.0]
+    values[5] = np.nan
+    batches = np.repeat(["a", "b"], 500)
+    expected = np.zeros(1000, dtype=bool)
+    for batch in "ab":
+        here = batches == batch
+        median = np.nanmedian(values[here])
+        mad = stats.median_abs_deviation(values[here], nan_policy="omit")
+        expected[here] = np.abs(values[here] - median) > 5 * mad
+    assert expected[[3, 700]].all()
+    assert not expected[5]
+    np.testing.assert_array_equal(mad_outliers(values, batches, 5.0), expected)
+    upper = mad_outliers(values, batches, 5.0, side="upper")
+    assert upper[3]
+    assert not upper[700]
+    assert not mad_outliers(np.array([1.0, 1, 1, 1, 9]), np.zeros(5), 5.0).any()
+
+
+def test_mitochondrial_fraction_becomes_percent_and_percent_stays():
+    screen = toy()
+    screen.obs["mito"] = np.linspace(0, 0.4, 300)
+    source = replace(SOURCE, mito_column="mito")
+    fraction = preprocess_screen(screen, source, SETTINGS)
+    screen.obs["mito"] *= 100
+    percent = preprocess_screen(screen, source, SETTINGS)
+    assert fraction.cells.obs_names.tolist() == percent.cells.obs_names.tolist()
+    assert fraction.cells.obs["pct_mito"].max() <= 20
+    assert row(fraction.qc, "filter", "max_pct_mito")["cells_removed"] == 150
+
+
+def test_guides_give_the_labels_where_the_file_has_none(tmp_path):
+    screen = toy()
+    guides = ["G0_g1", "G1_g1", "G2_g1", "NT_g1"]
+    counts = np.zeros((300, 4))
+    counts[:100, 3] = 20
+    counts[100:160, 0] = 20
+    counts[160:220, [1, 2]] = 20
+    counts[220:225, :3] = 20
+    screen.obsm[GUIDE_COUNTS] = sparse.csr_matrix(counts)
+    screen.uns[GUIDE_NAMES] = np.array(guides, dtype=object)
+    table = tmp_path / "guides.csv"
+    table.write_text("guide,target\nG0_g1,G0\nG1_g1,G1\nG2_g1,G2\nNT_g1,NT\n")
+    source = replace(SOURCE, perturbation_column="", guide_column="", guide_table=str(table))
+    settings = replace(SETTINGS, guide_assignment=GuideAssignment(method="threshold"))
+    result = preprocess_screen(screen, source, settings)
+    assert result.cells.obs["perturbation"].value_counts().to_dict() == {
+        "control": 100,
+        "G0": 60,
+        "G1+G2": 60,
+    }
+    assert row(result.qc, "filter", "no_guide")["cells_removed"] == 75
+    assert row(result.qc, "filter", "too_many_guides")["cells_removed"] == 5
+    pair = row(result.perturbations, "perturbation", "G1+G2")
+    assert (pair["n_guides"], pair["guides"]) == (2, "G1_g1;G2_g1")
+
+    low = preprocess_screen(screen, source, SETTINGS)
+    assert low.cells.obs["perturbation"].value_counts().to_dict() == {"control": 100, "G0": 60}
+    table.write_text("guide,target\nG0_g1,G0\nG1_g1,G1\nNT_g1,NT\n")
+    with pytest.raises(InputError, match=r"guides\.csv, column guide: found 1 of 4 guides.*'G2_g1'"):
+        preprocess_screen(screen, source, settings)
+    with pytest.raises(InputError, match="neither `guide_table` nor `label_pattern`"):
+        preprocess_screen(screen, replace(source, guide_table=""), settings)
+    by_name = replace(source, guide_table="", label_pattern="_g1$")
+    assert preprocess_screen(screen, by_name, settings).cells.obs.equals(result.cells.obs)
+
+
+def test_on_target_change_agrees_with_the_formula():
+    result = preprocess_screen(toy(), SOURCE, SETTINGS)
+    cells, table = result.cells, result.perturbations
+    assert tuple(table.columns) == PERTURBATION_TABLE_COLUMNS
+    assert table["perturbation"].tolist() == ["G0", "G1+G2", "G3"]
+    counts, size = cells.layers["counts"].toarray(), cells.obs["library_size"].to_numpy()[:, None]
+    scaled = pd.DataFrame(
+        counts / size * 1e4, index=cells.obs["perturbation"].astype(str), columns=cells.var_names
+    )
+
+    def expected(label, gene):
+        perturbed, control = scaled.loc[label, gene], scaled.loc["control", gene]
+        p = stats.mannwhitneyu(perturbed, control, method="asymptotic").pvalue
+        return np.log2((perturbed.mean() + 0.01) / (control.mean() + 0.01)), p
+
+    single = row(table, "perturbation", "G0")
+    assert single["target_measured"] == "True"
+    np.testing.assert_allclose(float(single["on_target_log2fc"]), expected("G0", "G0")[0], rtol=1e-4)
+    np.testing.assert_allclose(float(single["on_target_p"]), expected("G0", "G0")[1], rtol=1e-3)
+    assert float(single["on_target_log2fc"]) < -2.5
+    pair = row(table, "perturbation", "G1+G2")
+    assert pair["target_measured"] == "True;True"
+    found = [float(value) for value in pair["on_target_log2fc"].split(";")]
+    np.testing.assert_allclose(found, [expected("G1+G2", gene)[0] for gene in ("G1", "G2")], rtol=1e-4)
+
+
+def test_unmeasured_targets_leave_their_place_empty():
+    screen = toy()
+    screen.obs["gene"] = screen.obs["gene"].replace({"G2+G1": "ABSENT+G1", "G0": "GONE"})
+    table = preprocess_screen(screen, SOURCE, SETTINGS).perturbations
+    pair = row(table, "perturbation", "ABSENT+G1")
+    assert pair["target_measured"] == "False;True"
+    assert pair["on_target_log2fc"].startswith(";")
+    assert row(table, "perturbation", "GONE")["on_target_log2fc"] == ""
+
+
+def test_flags_say_what_is_weak():
+    result = preprocess_screen(toy(), SOURCE, SETTINGS)
+    table = result.perturbations.set_index("perturbation")
+    assert table.loc["G0", "flag"] == ""
+    assert table.loc["G3", "flag"] == "weak;target_unchanged"
+    for _, entry in table.iterrows():
+        p_values = [float(p) for p in entry["on_target_p"].split(";")]
+        assert ("target_unchanged" in entry["flag"]) == any(p >= 0.05 for p in p_values)
+        assert ("weak" in entry["flag"]) == (entry["effect_q"] >= 0.05)
+    weak = result.cells.obs.loc[result.cells.obs["flag_weak_perturbation"], "perturbation"]
+    assert set(weak) == {"G3"}
+    assert len(weak) == 75
+    bad = result.cells.obs.loc[result.cells.obs["flag_weak_guide"], "guide_id"]
+    assert set(bad) == {"G3_g0", "G3_g1", "G3_g2"}
+
+
+def test_an_activated_target_that_falls_is_flagged():
+    table = preprocess_screen(toy(), replace(SOURCE, perturbation_type="CRISPRa"), SETTINGS).perturbations
+    assert row(table, "perturbation", "G0")["flag"] == "target_wrong_direction"
+
+
+def test_energy_distance_agrees_with_all_pairwise_distances():
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(0, 1, (23, 6)), rng.normal(0.4, 2, (31, 6))
+
+    def within(z):
+        return cdist(z, z, "sqeuclidean").sum() / (len(z) * (len(z) - 1))
+
+    expected = 2 * cdist(x, y, "sqeuclidean").mean() - within(x) - within(y)
+    np.testing.assert_allclose(energy_distance(x, y), expected)
+    np.testing.assert_allclose(energy_distance(y, x), expected)
+
+
+def test_energy_distance_of_equal_distributions_is_zero_on_average():
+    rng = np.random.default_rng(4)
+    values = [energy_distance(*rng.normal(0, 1, (2, 20, 10))) for _ in range(400)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / 20  # three standard errors of the mean of 400
+    assert np.min(values) < 0 < np.max(values)
+
+
+def test_energy_test_agrees_with_scipy_and_is_calibrated():
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(0, 1, (15, 3)), rng.normal(0.35, 1, (18, 3))
+    distance, p = energy_test(x, y, 4000, np.random.default_rng(0))
+    assert distance == energy_distance(x, y)
+    pooled = np.concatenate([x, y])
+
+    def statistic(a, b):
+        return energy_distance(pooled[a.astype(int)], pooled[b.astype(int)])
+
+    second = stats.permutation_test(
+        (np.arange(15.0), np.arange(15.0, 33.0)), statistic, n_resamples=2000, alternative="greater", rng=1
+    )
+    # Two Monte Carlo estimates of the same p; four standard errors of the smaller run.
+    assert abs(p - second.pvalue) < 4 * np.sqrt(second.pvalue / 2000)
+    null = np.array([energy_test(*rng.normal(0, 1, (2, 15, 3)), 99, rng)[1] for _ in range(1000)])
+    for level in (0.05, 0.5):
+        error = np.sqrt(level * (1 - level) / 1000)
+        assert abs(np.mean(null <= level) - level) < 3 * error
+
+
+def test_an_effect_size_does_not_depend_on_the_other_perturbations_kept():
+    table = preprocess_screen(toy(), SOURCE, replace(SETTINGS, effect_cells=40)).perturbations
+    again = preprocess_screen(toy(), SOURCE, replace(SETTINGS, effect_cells=40)).perturbations
+    pd.testing.assert_frame_equal(table, again)
+    other = preprocess_screen(toy(), SOURCE, replace(SETTINGS, effect_cells=40, seed=1)).perturbations
+    assert (other["effect_size"] != table["effect_size"]).all()
+    q = stats.false_discovery_control(table["effect_p"])
+    np.testing.assert_allclose(table["effect_q"], q)
+
+
+def test_principal_components_agree_with_singular_values():
+    expression = preprocess_screen(toy(), SOURCE, SETTINGS).cells.X
+    scores = principal_components(expression, 5, 0)
+    dense = expression.toarray().astype(float)
+    u, s, _ = np.linalg.svd(dense - dense.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(scores), np.abs(u[:, :5] * s[:5]), rtol=1e-4, atol=1e-6)
+
+
+def test_changed_genes_agree_with_welch_where_the_variances_are_equal_or_larger():
+    rng = np.random.default_rng(6)
+    control, perturbed = rng.normal(0, 1, (80, 30)), rng.normal(0, 2, (40, 30))
+    perturbed[:, :10] += 2.0
+    expression = sparse.csr_matrix(np.vstack([control, perturbed]))
+    p = stats.ttest_ind(perturbed, control, equal_var=False).pvalue
+    expected = int((stats.false_discovery_control(p) < 0.05).sum())
+    assert 8 <= expected <= 12
+    found = count_changed_genes(expression, {"A": np.arange(80, 120)}, np.arange(80))
+    assert found == {"A": expected}
+
+
+def test_genes_missed_by_chance_do_not_count_as_changed():
+    rng = np.random.default_rng(7)
+    expression = sparse.csr_matrix((rng.random((1040, 400)) < 0.02).astype(float))
+    rows = {"A": np.arange(1000, 1040)}
+    undetected = np.asarray(expression[1000:].sum(axis=0)).ravel() == 0
+    plain = stats.ttest_ind(expression[1000:].toarray(), expression[:1000].toarray(), equal_var=False).pvalue
+    assert undetected.sum() > 100
+    assert (plain[undetected] < 1e-3).all()  # what Welch without the floor makes of them
+    assert count_changed_genes(expression, rows, np.arange(1000)) == {"A": 0}
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    paths = []
+    for name in "ab":
+        folder = tmp_path / name
+        files = [folder / "cells.h5ad", folder / "qc.tsv", folder / "perturbations.tsv"]
+        write_preprocessed(preprocess_screen(toy(), SOURCE, SETTINGS, {"toy.h5ad": "0" * 64}), *files)
+        paths.append(files)
+        assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in files)
+    for first, second in zip(*paths, strict=True):
+        assert first.read_bytes() == second.read_bytes()
+    cells = ad.read_h5ad(paths[0][0])
+    content = json.loads(cells.uns["provenance"])
+    assert content["inputs"] == {"toy.h5ad": "0" * 64}
+    assert content["settings"]["guide_assignment"]["method"] == "dominance"
+    assert content["source"]["path"] == "toy.h5ad"
+
+
+def test_scrublet_finds_planted_doublets():
+    rng = np.random.default_rng(8)
+    kinds = rng.gamma(0.5, 4.0, (2, 60))
+    counts = rng.poisson(kinds[np.arange(300) % 2]).astype(np.float32)
+    counts[:20] = rng.poisson(kinds.sum(axis=0), (20, 60))
+    obs = pd.DataFrame(
+        {"gene": np.where(np.arange(300) % 3, "NT", "G0")}, index=[f"c{i}" for i in range(300)]
+    )
+    screen = ad.AnnData(
+        X=sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(60)])
+    )
+    screen.var["gene_id"] = screen.var_names
+    source = ScreenSource("toy", "toy.h5ad", perturbation_column="gene", control_label="NT")
+    planted = set(screen.obs_names[:20])
+    scored = preprocess_screen(screen, source, replace(SETTINGS, doublets="scrublet", doublet_threshold=1.0))
+    assert scored.cells.n_obs == 300
+    is_planted = scored.cells.obs_names.isin(planted)
+    assert roc_auc_score(is_planted, scored.cells.obs["doublet_score"]) > 0.9
+
+    called = preprocess_screen(screen, source, replace(SETTINGS, doublets="scrublet", doublet_threshold=0.25))
+    lost = set(screen.obs_names) - set(called.cells.obs_names)
+    assert lost == set(scored.cells.obs_names[scored.cells.obs["doublet_score"] > 0.25])
+    assert 5 < len(lost & planted) == len(lost)
+    assert row(called.qc, "filter", "doublets")["cells_removed"] == len(lost)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"perturbation_column": "genes"}, r"toy\.h5ad: found no column 'genes'.*did you mean 'gene'"),
+        ({"batch_column": "batch"}, r"no column 'batch'.*`batch_column`"),
+        ({"library_size_column": "umis"}, r"no column 'umis'.*`library_size_column`"),
+        ({"mito_column": "pct"}, r"no column 'pct'.*`mito_column`"),
+        (
+            {"control_label": "safe"},
+            r"column 'gene'.*control label 'safe'.*'NT' \(100\), 'G3' \(75\).*`control_label`",
+        ),
+        ({"perturbation_column": ""}, r"no `perturbation_column`.*gene, lane, guide"),
+        ({"library_size_column": "lane"}, r"column 'lane', cell 'c0': found 'b'; expected a number"),
+    ],
+)
+def test_a_wrong_row_of_the_dataset_table_is_answered_with_what_is_there(source, message):
+    with pytest.raises(InputError, match=message):
+        preprocess_screen(toy(), replace(SOURCE, **source), SETTINGS)
+
+
+def test_a_screen_without_controls_is_refused():
+    screen = toy()
+    screen = screen[screen.obs["gene"] != "NT"].copy()
+    with pytest.raises(
+        InputError, match=r"any of the usual control names.*most frequent labels: 'G3' \(75\)"
+    ):
+        preprocess_screen(screen, replace(SOURCE, control_label=""), SETTINGS)
+
+
+def test_too_few_cells_are_refused():
+    with pytest.raises(InputError, match=r"at most 75 cells for each of 4 perturbations.*min_cells_per_pert"):
+        preprocess_screen(toy(), SOURCE, replace(SETTINGS, min_cells_per_perturbation=90))
+    with pytest.raises(InputError, match=r"100 control cells after the filters.*at least 120"):
+        preprocess_screen(toy(), SOURCE, replace(SETTINGS, min_cells_per_perturbation=120))
+    with pytest.raises(InputError, match=r"no gene detected in 400 cells.*min_cells_per_gene"):
+        preprocess_screen(toy(), SOURCE, replace(SETTINGS, min_cells_per_gene=400))
+
+
+def test_library_sizes_that_cannot_be_are_refused():
+    screen = toy()
+    screen.obs["umis"] = np.asarray(screen.X.sum(axis=1)).ravel()
+    source = replace(SOURCE, library_size_column="umis")
+    screen.obs.iloc[3, screen.obs.columns.get_loc("umis")] = 0
+    with pytest.raises(InputError, match=r"column 'umis', cell 'c3': found 0\.0 \(1 such cells\)"):
+        preprocess_screen(screen, source, SETTINGS)
+    screen.obs["umis"] = np.log1p(1.0 + screen.obs["umis"])
+    with pytest.raises(InputError, match=r"values below the counts in the matrix.*`library_size_column`"):
+        preprocess_screen(screen, source, SETTINGS)
+    with pytest.raises(InputError, match=r"1 cells with a library size of 0"):
+        log_normalize(sparse.csr_matrix(np.ones((2, 3))), np.array([3.0, 0.0]), 1e4)
+
+
+def test_another_control_is_left_out_with_a_note():
+    screen = toy()
+    screen.obs["gene"] = screen.obs["gene"].replace({"RARE": "ctrl"})
+    result = preprocess_screen(screen, SOURCE, SETTINGS)
+    assert row(result.qc, "filter", "unlabelled")["cells_removed"] == 5
+    assert "ctrl (5 cells)" in row(result.qc, "filter", "unlabelled")["note"]
+    both = preprocess_screen(screen, replace(SOURCE, control_label="NT;ctrl"), SETTINGS)
+    assert both.cells.obs["is_control"].sum() == 105
+
+
+def test_settings_refuse_unknown_keys_and_values_out_of_range():
+    settings = PreprocessSettings.from_mapping({"min_genes": 5, "guide_assignment": {"method": "threshold"}})
+    assert (settings.min_genes, settings.guide_assignment) == (5, GuideAssignment(method="threshold"))
+    with pytest.raises(InputError, match=r"config, preprocess: found unknown key 'min_gene'.*min_genes"):
+        PreprocessSettings.from_mapping({"min_gene": 5})
+    with pytest.raises(InputError, match=r"preprocess\.guide_assignment: found unknown key 'umis'.*min_umis"):
+        PreprocessSettings.from_mapping({"guide_assignment": {"umis": 5}})
+    with pytest.raises(InputError, match=r"preprocess\.doublets.*'yes'.*none or scrublet"):
+        PreprocessSettings(doublets="yes")
+    with pytest.raises(InputError, match=r"preprocess\.target_sum: found 0.*positive"):
+        PreprocessSettings(target_sum=0)
+
+
+def test_the_script_writes_what_the_library_finds(tmp_path):
+    screen = toy()
+    path = tmp_path / "toy.h5ad"
+    screen.write_h5ad(path)
+    source = {**{name: getattr(SOURCE, name) for name in SOURCE.__dataclass_fields__}, "path": str(path)}
+    settings = {"min_cells_per_perturbation": 10, "permutations": 19, "effect_components": 5}
+    outputs = {name: str(tmp_path / "out" / name) for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")}
+    code = f"""
+import runpy
+from types import SimpleNamespace as N
+snakemake = N(input=N(raw=[{str(path)!r}]), params=N(source={source!r}, settings={settings!r}),
+    output=N(cells={outputs["cells.h5ad"]!r}, qc={outputs["qc.tsv"]!r},
+             perturbations={outputs["perturbations.tsv"]!r}), log=[{str(tmp_path / "log.txt")!r}])
+runpy.run_path({str(SCRIPTS / "preprocess.py")!r}, {{"snakemake": snakemake}}, run_name="__main__")
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    cells = ad.read_h5ad(outputs["cells.h5ad"])
+    expected = preprocess_screen(
+        read_screen(ScreenSource.from_mapping(source)),
+        ScreenSource.from_mapping(source),
+        PreprocessSettings.from_mapping(settings),
+    )
+    np.testing.assert_array_equal(cells.X.toarray(), expected.cells.X.toarray())
+    assert list(json.loads(cells.uns["provenance"])["inputs"]) == ["toy.h5ad"]
+
+    failed = subprocess.run(
+        [sys.executable, "-c", code.replace("'gene'", "'genes'")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert failed.returncode == 1
+    assert "did you mean 'gene'?" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_papalexi_targets_that_are_measured_go_down(real_data):
+    folder = real_data / "papalexi2021_10x"
+    source = ScreenSource(
+        "papalexi",
+        str(folder),
+        control_label="non-targeting",
+        batch_column="replicate",
+        library_size_column="n_umis_all_genes",
+        mito_column="p_mito",
+        perturbation_type="CRISPRko",
+        cell_metadata=str(folder / "cells.csv"),
+        guide_table=str(folder / "guides.csv"),
+    )
+    result = preprocess_screen(read_screen(source), source, PreprocessSettings(permutations=19))
+    assert row(result.qc, "filter", "too_many_guides")["cells_after"] == 18_826
+    table = result.perturbations
+    measured = table[table["target_measured"] == "True"]
+    assert len(table) == 25
+    assert len(measured) == 9
+    assert (measured["on_target_log2fc"].astype(float) < 0).all()
+    assert float(row(table, "perturbation", "STAT1")["on_target_log2fc"]) == pytest.approx(-2.3, abs=0.1)
+
+
+def test_norman_labels_and_library_sizes_come_from_their_columns(real_data):
+    path = real_data / "norman2019_tiny.h5ad"
+    source = ScreenSource(
+        "norman",
+        str(path),
+        perturbation_column="perturbation",
+        control_label="control",
+        batch_column="batch",
+        library_size_column="total_counts_all",
+        perturbation_type="CRISPRa",
+    )
+    result = preprocess_screen(
+        read_screen(source), source, PreprocessSettings(permutations=19, mad_threshold=None)
+    )
+    raw = ad.read_h5ad(path)
+    table = result.perturbations.set_index("perturbation")
+    expected = {"+".join(sorted(str(label).split("+"))) for label in raw.obs["perturbation"].unique()} - {
+        "control"
+    }
+    assert set(table.index) == expected
+    assert (table["n_perturbed_genes"] == 2).sum() == 15
+    assert result.cells.n_obs == 3375
+    assert table.index[table["target_measured"].str.contains("True")].tolist() == ["TMSB4X"]
+    assert float(table.loc["TMSB4X", "on_target_log2fc"]) > 1
+    size = raw.obs.loc[result.cells.obs_names, "total_counts_all"].to_numpy(dtype=float)
+    counts = raw[:, result.cells.var_names].X.toarray()
+    np.testing.assert_allclose(result.cells.X.toarray(), np.log1p(counts / size[:, None] * 1e4), rtol=1e-5)

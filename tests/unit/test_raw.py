@@ -1,0 +1,296 @@
+"""Reading screens in the shapes they have in the wild."""
+
+import gzip
+import io
+from dataclasses import replace
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from scipy.io import mmwrite
+
+from biojepa.errors import InputError
+from biojepa.raw import ScreenSource, read_screen, require_column
+from biojepa.raw.read import holds_counts, to_counts
+
+COUNTS = np.array([[0, 3, 1, 0], [2, 0, 0, 5], [0, 0, 7, 1]])
+GENES = ["KLF1", "SET", "STAT1", "MT-CO1"]
+CELLS = ["AAA-1", "CCC-1", "GGG-1"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:Observation names are not unique")
+
+
+def screen(x=COUNTS, **parts):
+    obs = pd.DataFrame({"perturbation": ["KLF1", "control", "SET"]}, index=CELLS)
+    return ad.AnnData(X=np.asarray(x, dtype=np.float32), obs=obs, var=pd.DataFrame(index=GENES), **parts)
+
+
+def write(adata, folder):
+    path = folder / "screen.h5ad"
+    adata.write_h5ad(path)
+    return ScreenSource("toy", str(path), perturbation_column="perturbation")
+
+
+def write_10x(folder, counts, features, barcodes, zipped=True, prefix="", features_name="features.tsv"):
+    folder.mkdir(exist_ok=True)
+    text = io.BytesIO()
+    mmwrite(text, sparse.coo_matrix(counts.T), field="integer")
+    parts = {
+        "matrix.mtx": text.getvalue(),
+        features_name: "".join("\t".join(row) + "\n" for row in features).encode(),
+        "barcodes.tsv": "".join(f"{barcode}\n" for barcode in barcodes).encode(),
+    }
+    for name, content in parts.items():
+        path = folder / f"{prefix}{name}{'.gz' if zipped else ''}"
+        path.write_bytes(gzip.compress(content, mtime=0) if zipped else content)
+    return ScreenSource("toy", str(folder))
+
+
+def features():
+    guides = [[name, name, "CRISPR Guide Capture"] for name in ("KLF1", "NTg1")]
+    return [[f"ENSG{i}", gene, "Gene Expression"] for i, gene in enumerate(GENES)] + guides
+
+
+def with_guides():
+    return np.hstack([COUNTS, [[9, 0], [0, 8], [1, 1]]])
+
+
+@pytest.mark.parametrize("layout", ["dense", "csr", "csc", "int64", "float64"])
+def test_counts_are_the_same_in_every_layout(tmp_path, layout):
+    adata = screen()
+    adata.X = {
+        "dense": COUNTS.astype(np.float32),
+        "csr": sparse.csr_matrix(COUNTS, dtype=np.float32),
+        "csc": sparse.csc_matrix(COUNTS, dtype=np.float32),
+        "int64": sparse.csr_matrix(COUNTS, dtype=np.int64),
+        "float64": COUNTS.astype(np.float64),
+    }[layout]
+    read = read_screen(write(adata, tmp_path))
+    assert sparse.isspmatrix_csr(read.X)
+    assert read.X.dtype == np.float32
+    assert read.X.has_canonical_format
+    np.testing.assert_array_equal(read.X.toarray(), COUNTS)
+    assert read.obs["perturbation"].tolist() == ["KLF1", "control", "SET"]
+    assert read.var["gene_id"].tolist() == GENES
+
+
+@pytest.mark.parametrize("place", ["counts", "umis", "raw"])
+def test_counts_are_found_beside_a_normalized_matrix(tmp_path, place):
+    adata = screen(np.log1p(COUNTS))
+    if place == "raw":
+        adata.raw = screen()
+        adata = adata[:, :2].copy()  # raw keeps all genes
+    else:
+        adata.layers[place] = COUNTS
+    read = read_screen(write(adata, tmp_path))
+    np.testing.assert_array_equal(read.X.toarray(), COUNTS)
+    assert read.var_names.tolist() == GENES
+    assert read.uns["notes"] == [f"raw counts taken from {place}"]
+
+
+def test_named_layer_wins_over_a_whole_number_matrix(tmp_path):
+    adata = screen(COUNTS * 2)
+    adata.layers["umis"] = COUNTS
+    source = write(adata, tmp_path)
+    np.testing.assert_array_equal(read_screen(source).X.toarray(), COUNTS * 2)
+    np.testing.assert_array_equal(read_screen(replace(source, counts_layer="umis")).X.toarray(), COUNTS)
+
+
+def test_non_integer_counts_are_refused(tmp_path):
+    source = write(screen(np.log1p(COUNTS)), tmp_path)
+    with pytest.raises(
+        InputError, match=r"screen\.h5ad.*non-integer counts where raw counts are needed.*counts_layer"
+    ):
+        read_screen(source)
+
+
+def test_missing_layer_lists_those_there_are(tmp_path):
+    adata = screen()
+    adata.layers["umis"] = COUNTS
+    source = replace(write(adata, tmp_path), counts_layer="count")
+    with pytest.raises(InputError, match=r"no 'count' \(there are: 'X', 'umis'\).*counts_layer"):
+        read_screen(source)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([[1.0, 0.0]], True),
+        ([[0.5, 1.0]], False),
+        ([[-1.0, 2.0]], False),
+        ([[np.nan, 1.0]], False),
+        ([[np.inf, 1.0]], False),
+        ([[0.0, 0.0]], False),
+    ],
+)
+def test_what_counts_are(values, expected):
+    assert holds_counts(np.array(values)) is expected
+    assert holds_counts(sparse.csr_matrix(np.array(values))) is expected
+
+
+def test_indices_of_two_widths_are_read(tmp_path):
+    source = write(screen(sparse.csr_matrix(COUNTS).toarray()), tmp_path)
+    with h5py.File(source.path, "a") as file:
+        del file["X"]
+        group = file.create_group("X")
+        matrix = sparse.csr_matrix(COUNTS, dtype=np.float32)
+        group.attrs.update(
+            {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": COUNTS.shape}
+        )
+        group["data"], group["indices"] = matrix.data, matrix.indices.astype(np.int32)
+        group["indptr"] = matrix.indptr.astype(np.int64)
+    np.testing.assert_array_equal(read_screen(source).X.toarray(), COUNTS)
+
+
+def test_repeated_entries_are_added_and_zeros_dropped():
+    matrix = sparse.csr_matrix((np.array([1, 2, 0]), np.array([1, 1, 0]), np.array([0, 3])), shape=(1, 2))
+    counts = to_counts(matrix)
+    assert counts.nnz == 1
+    assert counts.toarray().tolist() == [[0, 3]]
+
+
+def test_ensembl_index_gives_way_to_symbols_and_repeats_get_a_number(tmp_path):
+    adata = screen()
+    adata.var_names = [f"ENSG0000{i}.1" for i in range(4)]
+    adata.var["gene_name"] = ["KLF1", "SET", "KLF1", ""]
+    read = read_screen(write(adata, tmp_path))
+    assert read.var_names.tolist() == ["KLF1", "SET", "KLF1-1", "ENSG00003.1"]
+    assert read.var["gene_id"].tolist() == [f"ENSG0000{i}.1" for i in range(4)]
+    assert read.uns["notes"] == [
+        "gene symbols taken from column 'gene_name' of var",
+        "1 repeated gene symbols got a number",
+    ]
+
+
+def test_symbol_index_keeps_its_ensembl_column(tmp_path):
+    adata = screen()
+    adata.var["ensemble_id"] = ["E0", "E1", "E2", "E3"]
+    read = read_screen(write(adata, tmp_path))
+    assert read.var_names.tolist() == GENES
+    assert read.var["gene_id"].tolist() == ["E0", "E1", "E2", "E3"]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_10x_folder_gives_genes_and_guides_apart(tmp_path, zipped):
+    read = read_screen(write_10x(tmp_path / "run", with_guides(), features(), CELLS, zipped))
+    np.testing.assert_array_equal(read.X.toarray(), COUNTS)
+    assert read.var_names.tolist() == GENES  # the guide that is called like a gene does not rename it
+    assert read.obs_names.tolist() == CELLS
+    assert read.uns["guide_names"].tolist() == ["KLF1", "NTg1"]
+    np.testing.assert_array_equal(read.obsm["guide_counts"].toarray(), [[9, 0], [0, 8], [1, 1]])
+
+
+def test_prefixed_version_2_folder_is_read(tmp_path):
+    names = [[f"ENSG{i}", gene] for i, gene in enumerate(GENES)]
+    source = write_10x(tmp_path / "geo", COUNTS, names, CELLS, prefix="GSE1_raw_", features_name="genes.tsv")
+    read = read_screen(source)
+    np.testing.assert_array_equal(read.X.toarray(), COUNTS)
+    assert read.var["gene_id"].tolist() == ["ENSG0", "ENSG1", "ENSG2", "ENSG3"]
+
+
+def test_other_feature_types_are_left_out_with_a_note(tmp_path):
+    rows = features()
+    rows[4][2] = rows[5][2] = "Antibody Capture"
+    read = read_screen(write_10x(tmp_path / "run", with_guides(), rows, CELLS))
+    assert read.n_vars == 4
+    assert "guide_counts" not in read.obsm
+    assert read.uns["notes"] == ["2 features of type 'Antibody Capture' left out"]
+
+
+def test_matrix_that_disagrees_with_its_barcodes_is_refused(tmp_path):
+    source = write_10x(tmp_path / "run", COUNTS, features()[:4], [*CELLS, "TTT-1"])
+    with pytest.raises(
+        InputError, match=r"matrix\.mtx\.gz: found 4 × 3 in the matrix, 4 rows in .* and 4 in barcodes"
+    ):
+        read_screen(source)
+
+
+def test_incomplete_and_damaged_folders_are_refused(tmp_path):
+    source = write_10x(tmp_path / "run", COUNTS, features()[:4], CELLS)
+    matrix = tmp_path / "run" / "matrix.mtx.gz"
+    whole = matrix.read_bytes()
+    matrix.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"cannot be read.*fetch them again"):
+        read_screen(source)
+    matrix.unlink()
+    with pytest.raises(InputError, match=r"0 files that end in matrix\.mtx"):
+        read_screen(source)
+
+
+def test_missing_and_foreign_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.h5ad: found nothing there.*`path`"):
+        read_screen(ScreenSource("toy", str(tmp_path / "nowhere.h5ad")))
+    text = tmp_path / "screen.h5ad"
+    text.write_text("not HDF5")
+    with pytest.raises(InputError, match=r"screen\.h5ad.*HDF5 cannot open.*download it again"):
+        read_screen(ScreenSource("toy", str(text)))
+    with h5py.File(text, "w") as file:
+        file["matrix/data"] = [1, 2]
+    with pytest.raises(InputError, match=r"screen\.h5ad.*not an AnnData"):
+        read_screen(ScreenSource("toy", str(text)))
+    table = tmp_path / "screen.txt"
+    table.write_text("x")
+    with pytest.raises(InputError, match="`format`"):
+        read_screen(ScreenSource("toy", str(table)))
+
+
+def test_cell_metadata_is_joined_by_barcode_and_not_by_order(tmp_path):
+    table = tmp_path / "cells.csv"
+    table.write_text("barcode,batch,gene\nGGG-1,3,NA\nAAA-1,1,x\nTTT-1,9,z\nCCC-1,2,y\n")
+    source = replace(write(screen(), tmp_path), cell_metadata=str(table))
+    obs = read_screen(source).obs
+    assert obs["batch"].tolist() == [1, 2, 3]
+    assert obs["gene"].tolist() == ["x", "y", "NA"]  # a gene, not a missing value
+    assert obs["perturbation"].tolist() == ["KLF1", "control", "SET"]
+
+
+def test_barcodes_missing_from_cell_metadata_are_counted(tmp_path):
+    table = tmp_path / "cells.csv"
+    table.write_text("barcode,batch\nAAA-1,1\n")
+    source = replace(write(screen(), tmp_path), cell_metadata=str(table))
+    with pytest.raises(
+        InputError, match=r"cells\.csv.*2 of 3 barcodes of the matrix missing, such as 'CCC-1'"
+    ):
+        read_screen(source)
+    table.write_text("barcode,batch\nAAA-1,1\nAAA-1,2\n")
+    with pytest.raises(InputError, match=r"1 barcodes more than once, such as 'AAA-1'"):
+        read_screen(source)
+
+
+def test_repeated_barcodes_get_a_number_unless_a_table_is_joined(tmp_path):
+    adata = screen()
+    adata.obs_names = ["AAA-1", "AAA-1", "CCC-1"]
+    source = write(adata, tmp_path)
+    read = read_screen(source)
+    assert read.obs_names.tolist() == ["AAA-1", "AAA-1-1", "CCC-1"]
+    assert read.uns["notes"] == ["1 repeated barcodes got a number"]
+    table = tmp_path / "cells.csv"
+    table.write_text("barcode,batch\nAAA-1,1\nCCC-1,2\n")
+    with pytest.raises(InputError, match=r"1 repeated barcodes, such as 'AAA-1'"):
+        read_screen(replace(source, cell_metadata=str(table)))
+
+
+def test_missing_column_is_answered_with_the_closest_name():
+    table = pd.DataFrame(columns=["perturbation", "batch"])
+    with pytest.raises(
+        InputError,
+        match=r"f\.h5ad: found no column 'pertubation' \(columns: 'perturbation', 'batch'\).*"
+        "mean 'perturbation'",
+    ):
+        require_column(table, "pertubation", "f.h5ad", "perturbation_column")
+
+
+def test_source_takes_empty_fields_and_refuses_unknown_kinds():
+    source = ScreenSource("toy", "x.h5ad", separator=None, format=float("nan"), perturbation_type="")
+    assert (source.separator, source.format, source.perturbation_type) == ("+", "auto", "unknown")
+    with pytest.raises(InputError, match=r"row 'toy', column perturbation_type.*'crispr'.*CRISPRi"):
+        ScreenSource("toy", "x.h5ad", perturbation_type="crispr")
+    with pytest.raises(InputError, match=r"row 'toy', column format.*'loom'.*h5ad"):
+        ScreenSource("toy", "x.h5ad", format="loom")
+    with pytest.raises(InputError, match=r"row 'toy', column label_pattern.*'g\['.*regular expression"):
+        ScreenSource("toy", "x.h5ad", label_pattern="g[")
+    row = {"dataset": "toy", "path": "x.h5ad", "url": "https://example.org/x", "batch_column": None}
+    assert ScreenSource.from_mapping(row) == ScreenSource("toy", "x.h5ad")

@@ -1,0 +1,228 @@
+"""Intervals, gaps and comparisons against scipy, statsmodels or a case by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from biojepa.contracts import SUMMARY_COLUMNS
+from biojepa.evaluation.metrics import METRICS
+from biojepa.evaluation.resampling import WholeModelScores, bootstrap_means, interval, make_scopes
+from biojepa.evaluation.statistics import metric_tables, paired_difference, summarize, wilcoxon_p
+from scipy import stats
+
+CORRELATION, DISTANCE = "pearson_delta_perturbed_mean", "l2_top1000"
+BASELINES = ("no_change", "ridge", "knn")
+
+
+def long_table(scores, metric=CORRELATION, fold=0, seed=0, category="single"):
+    """{model: {perturbation: value}} as rows of metrics.tsv."""
+    rows = [
+        (model, fold, seed, label, category, metric, value)
+        for model, values in scores.items()
+        for label, value in values.items()
+    ]
+    columns = ["model", "fold", "seed", "perturbation", "category", "metric", "value"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def tables_of(scores, draws=2000, seed=0, whole=None):
+    tested = scores[["perturbation", "category"]]
+    scopes = make_scopes(tested, draws, seed)
+    return metric_tables(scores, whole or WholeModelScores(scopes), METRICS, scopes)
+
+
+def numbered(values):
+    return {f"P{i:02d}": value for i, value in enumerate(values)}
+
+
+def summary_of(scores, baselines=BASELINES):
+    return summarize(tables_of(scores), baselines, 0.95).set_index(["model", "category", "metric"])
+
+
+@pytest.fixture
+def values():
+    return np.random.default_rng(0).gamma(2.0, 0.2, 30)
+
+
+def test_bootstrap_means_equal_means_of_explicit_samples():
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(6, 2))
+    values[2, 1] = np.nan
+    counts = rng.multinomial(6, np.full(6, 1 / 6), size=50)
+    expected = [np.nanmean(np.repeat(values, count, axis=0), axis=0) for count in counts]
+    assert bootstrap_means(values, counts) == pytest.approx(np.array(expected))
+
+
+def test_interval_agrees_with_scipy_bootstrap(values):
+    table = tables_of(long_table({"ridge": numbered(values)}), draws=20_000)[0]
+    low, high = interval(table.draws, 0.95)
+    reference = stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(5)
+    ).confidence_interval
+    # Two independent sets of 20,000 draws: percentiles agree within a few per cent of the width.
+    width = reference.high - reference.low
+    assert low[0] == pytest.approx(reference.low, abs=0.04 * width)
+    assert high[0] == pytest.approx(reference.high, abs=0.04 * width)
+
+
+def test_a_perturbation_tested_often_counts_once():
+    """Folds and seeds are averaged within a perturbation before perturbations are averaged."""
+    scores = pd.concat(
+        [
+            long_table({"ridge": {"A": 0.0, "B": 1.0}}, fold=0),
+            long_table({"ridge": {"A": 0.6}}, fold=1),
+            long_table({"ridge": {"A": 0.6}}, fold=1, seed=1),
+        ]
+    )
+    row = summary_of(scores).loc[("ridge", "all", CORRELATION)]
+    assert row["n"] == 2
+    assert row["mean"] == pytest.approx((0.4 + 1.0) / 2)
+
+
+def test_gap_closed_is_a_ratio_of_pooled_means_with_mean_at_0_and_duplicate_at_1(values):
+    scores = {"mean": 0 * values, "duplicate": values, "biojepa": 0.25 * values, "ridge": values - 0.1}
+    for metric, sign in ((CORRELATION, 1), (DISTANCE, -1)):
+        table = long_table({model: numbered(1 + sign * v) for model, v in scores.items()}, metric)
+        summary = summary_of(table).xs(("all", metric), level=["category", "metric"])
+        gap = summary["gap_closed"]
+        assert gap["mean"] == pytest.approx(0)
+        assert gap["duplicate"] == pytest.approx(1)
+        # A constant share has no uncertainty; a constant offset does, since the range varies.
+        assert summary.loc["biojepa", ["gap_closed", "gap_ci_low", "gap_ci_high"]].tolist() == pytest.approx(
+            [0.25] * 3
+        )
+        assert gap["ridge"] == pytest.approx((values - 0.1).mean() / values.mean())
+        assert summary.loc["ridge", "gap_ci_low"] < gap["ridge"] < summary.loc["ridge", "gap_ci_high"]
+
+
+def test_gap_is_missing_where_the_duplicate_is_not_better_than_the_mean(values):
+    noise = values - values.mean()
+    for duplicate in (noise, -values):
+        scores = {"mean": 0 * values, "duplicate": duplicate, "biojepa": values}
+        table = long_table({model: numbered(v) for model, v in scores.items()})
+        summary = summary_of(table)
+        assert summary[["gap_closed", "gap_ci_low", "gap_ci_high"]].isna().all().all()
+        assert tables_of(table)[0].dynamic_range(0.95)[1] <= 0
+
+
+def test_gap_uses_only_perturbations_where_all_three_are_defined():
+    scores = {
+        "mean": {"A": 0.0, "B": 0.0, "C": 0.0},
+        "duplicate": {"A": 1.0, "B": 1.0, "C": 1.0},
+        "biojepa": {"A": 0.2, "B": 0.4, "C": np.nan},
+    }
+    row = summary_of(long_table(scores)).loc[("biojepa", "all", CORRELATION)]
+    assert row["gap_closed"] == pytest.approx(0.3)
+    assert row["n"] == 2
+
+
+def test_best_baseline_has_the_best_mean_in_the_direction_of_the_metric():
+    scores = {"no_change": numbered([0.1] * 8), "ridge": numbered([0.3] * 8), "knn": numbered([0.2] * 8)}
+    scores |= {"biojepa": numbered([0.9] * 8)}
+    assert set(summary_of(long_table(scores))["best_baseline"]) == {"ridge"}
+    assert set(summary_of(long_table(scores, DISTANCE))["best_baseline"]) == {"no_change"}
+
+
+def test_a_baseline_scored_on_fewer_perturbations_is_not_the_best():
+    scores = {"ridge": numbered([0.3] * 8), "knn": {"P00": 0.99}, "biojepa": numbered([0.5] * 8)}
+    assert set(summary_of(long_table(scores))["best_baseline"]) == {"ridge"}
+
+
+def test_win_and_harm_rates_count_better_and_worse_perturbations():
+    base = {"ridge": numbered([0.5] * 10)}
+    # A difference of float32 rounding is neither.
+    ours = {"biojepa": numbered([0.6] * 5 + [0.5, 0.5 + 1e-7] + [0.4] * 3)}
+    for metric, win, harm in ((CORRELATION, 0.5, 0.3), (DISTANCE, 0.3, 0.5)):
+        row = summary_of(long_table(base | ours, metric)).loc[("biojepa", "all", metric)]
+        assert (row["win_rate"], row["harm_rate"]) == (win, harm)
+    best = summary_of(long_table(base | ours)).loc[("ridge", "all", CORRELATION)]
+    assert best[["p_vs_best_baseline", "win_rate", "harm_rate"]].isna().all()
+
+
+def test_p_value_is_the_paired_wilcoxon_test(values):
+    other = values + np.random.default_rng(3).normal(0.05, 0.1, 30)
+    table = long_table({"ridge": numbered(values), "biojepa": numbered(other)})
+    row = summary_of(table, ("ridge",)).loc[("biojepa", "all", CORRELATION)]
+    assert row["p_vs_best_baseline"] == pytest.approx(stats.wilcoxon(other, values).pvalue)
+    assert wilcoxon_p(np.zeros(5)) == 1.0
+    # Eleven equal gains: the exact sign test says 2 / 2**11 = 0.00098; the approximation is near it.
+    assert wilcoxon_p(np.full(11, 0.1)) == pytest.approx(2 / 2**11, abs=1e-3)
+    assert wilcoxon_p(np.array([0.1, 0.2, 0.3, 0.4, 0.5])) == pytest.approx(2 / 2**5)
+    assert np.isnan(wilcoxon_p(np.array([0.3])))
+
+
+def test_q_values_are_benjamini_hochberg_over_models_and_metrics_without_positive_controls(values):
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    rng = np.random.default_rng(4)
+    parts = []
+    for metric in (CORRELATION, "rank_l2", DISTANCE):
+        models = {name: numbered(values + rng.normal(0.03, 0.1, 30)) for name in ("biojepa", "a", "b")}
+        models |= {"ridge": numbered(values), "duplicate": numbered(values + 5), "mean": numbered(0 * values)}
+        parts.append(long_table(models, metric))
+    summary = summarize(tables_of(pd.concat(parts)), ("ridge",), 0.95)
+    inside = summary[(summary["category"] == "all") & summary["metric"].isin([CORRELATION, "rank_l2"])]
+    family = inside[inside["p_vs_best_baseline"].notna() & (inside["model"] != "duplicate")]
+    assert len(family) == 8
+    expected = multitest.multipletests(family["p_vs_best_baseline"], method="fdr_bh")[1]
+    assert family["q_vs_best_baseline"].to_numpy() == pytest.approx(expected)
+    assert inside.loc[inside["model"] == "duplicate", "q_vs_best_baseline"].isna().all()
+
+
+def test_summary_has_the_columns_of_the_contract_and_a_block_per_category():
+    scores = pd.concat(
+        [
+            long_table({"ridge": numbered([0.1] * 3)}),
+            long_table({"ridge": {"A+B": 0.4}}, category="combo_seen2"),
+        ]
+    )
+    summary = summarize(tables_of(scores), BASELINES, 0.95)
+    assert tuple(summary.columns) == SUMMARY_COLUMNS
+    means = summary.set_index("category")["mean"]
+    assert means["single"] == means["unseen genes"] == pytest.approx(0.1)
+    assert means["combo_seen2"] == means["seen genes"] == pytest.approx(0.4)
+    assert means["all"] == pytest.approx(0.175)
+
+
+def test_one_perturbation_gives_no_interval():
+    row = summary_of(long_table({"ridge": {"A": 0.4}})).loc[("ridge", "all", CORRELATION)]
+    assert row["mean"] == pytest.approx(0.4)
+    assert np.isnan(row["ci_low"])
+    assert np.isnan(row["ci_high"])
+
+
+def test_draws_of_a_group_do_not_depend_on_other_groups_and_follow_the_seed():
+    tested = pd.DataFrame({"perturbation": list("ABCD"), "category": ["single"] * 3 + ["combo_seen0"]})
+    both, alone = make_scopes(tested, 50, 0), make_scopes(tested[:3], 50, 0)
+    assert (both["single"].counts == alone["single"].counts).all()
+    assert not (both["single"].counts == make_scopes(tested, 50, 1)["single"].counts).all()
+    assert (both["all"].counts.sum(axis=1) == 4).all()
+
+
+def test_whole_model_scores_are_pooled_over_folds_and_share_the_draws():
+    tested = pd.DataFrame({"perturbation": [f"P{i}" for i in range(12)], "category": "single"})
+    whole = WholeModelScores(make_scopes(tested, 100, 0))
+    first, second = ([f"P{i}" for i in range(start, start + 6)] for start in (0, 6))
+    weights = whole.weights(first, np.array(["single"] * 6))["all"]
+    assert (weights[0] == 1).all()
+    rows = whole.scopes["all"].perturbations.get_indexer(first)
+    assert (weights[1:] == whole.scopes["all"].counts[:, rows]).all()
+    for fold, value in ((first, 0.2), (second, 0.6)):
+        values = np.full(101, value)
+        whole.add("ridge", "effect_slope", "all", values)
+        assert "all" in whole.weights(fold, np.array(["single"] * 6))
+    assert whole.pooled("ridge", "effect_slope", whole.scopes["all"]) == pytest.approx(np.full(101, 0.4))
+    assert whole.weights(first[:4], np.array(["single"] * 4)) == {}
+
+
+def test_paired_difference_is_positive_for_the_better_model_whatever_the_direction(values):
+    offset = np.random.default_rng(6).normal(0.2, 0.05, 30)
+    scores = {"ridge": numbered(values), "biojepa": numbered(values + offset)}
+    for metric, sign in ((CORRELATION, 1), (DISTANCE, -1)):
+        table = tables_of(long_table(scores, metric), draws=20_000)[0]
+        mean, low, high = paired_difference(table, "biojepa", "ridge", 0.95)
+        assert mean == pytest.approx(sign * offset.mean())
+        reference = stats.bootstrap(
+            (sign * offset,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+        ).confidence_interval
+        assert (low, high) == pytest.approx(tuple(reference), abs=0.002)

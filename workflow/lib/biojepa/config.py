@@ -1,0 +1,333 @@
+"""Read and check the config and the table of datasets before the first job."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import jsonschema
+import pandas as pd
+import yaml
+
+SIMULATOR = "simulator"
+DOWNLOADS = "resources/datasets"
+SECTIONS = ("download", "preprocess", "pair", "train", "embed", "evaluate")
+SIMULATED_FILES = ("raw.h5ad", "guides.csv", "network.tsv.gz", "gene_sets.gmt")
+
+
+class ConfigError(ValueError):
+    """The config or the table of datasets cannot be used; the message names the key or the row."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One row of the table of datasets, its placeholders filled in.
+
+    Attributes
+    ----------
+    row
+        Column to value.
+    """
+
+    row: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset."""
+        return self.row["dataset"]
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether the simulator makes it."""
+        return self.row["source"] == SIMULATOR
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is fetched from an address."""
+        return self.row["source"].startswith(("http://", "https://"))
+
+    @property
+    def address(self) -> str:
+        """Where to fetch it from."""
+        return self.row["source"]
+
+    @property
+    def checksum(self) -> str | None:
+        """Expected digest, ``sha256:…`` or ``md5:…``."""
+        return self.row["checksum"] or None
+
+    @property
+    def folder(self) -> str:
+        """Where the download stage puts its files."""
+        return f"{DOWNLOADS}/{self.name}"
+
+    @property
+    def path(self) -> str:
+        """Local file or folder of the raw screen."""
+        if self.is_simulated:
+            return f"{self.folder}/raw.h5ad"
+        if self.is_remote:
+            return f"{self.folder}/{Path(unquote(urlsplit(self.address).path)).name}"
+        return self.row["source"]
+
+    @property
+    def downloads(self) -> list[str]:
+        """Files that the download stage makes."""
+        if self.is_simulated:
+            return [f"{self.folder}/{name}" for name in SIMULATED_FILES]
+        return [self.path] if self.is_remote else []
+
+    @property
+    def raw_inputs(self) -> list[str]:
+        """All files that the preprocess stage reads. Of a folder, the files in it."""
+        extra = [self.row[key] for key in ("cell_metadata", "guide_table") if self.row[key]]
+        path = Path(self.path)
+        files = [self.path]
+        if not self.is_simulated and not self.is_remote and path.is_dir():
+            files = sorted(file.as_posix() for file in path.iterdir() if file.is_file())
+        return list(dict.fromkeys([*files, *extra]))
+
+    @property
+    def screen(self) -> dict[str, str]:
+        """What the reader of raw screens is told."""
+        others = ("source", "checksum", "networks", "gene_sets", "pathways")
+        return {key: value for key, value in self.row.items() if key not in others} | {"path": self.path}
+
+    @property
+    def networks(self) -> list[str]:
+        """Edge tables of prior knowledge."""
+        return _listed(self.row["networks"])
+
+    @property
+    def gene_sets(self) -> list[str]:
+        """Gene sets of prior knowledge."""
+        return _listed(self.row["gene_sets"])
+
+    @property
+    def pathways(self) -> list[str]:
+        """Gene sets of the enrichment, one file or none."""
+        return _listed(self.row["pathways"])
+
+    def missing_files(self) -> list[tuple[str, str]]:
+        """Columns and local files that should exist now and do not."""
+        columns = ("cell_metadata", "guide_table", "networks", "gene_sets", "pathways")
+        named = [(column, path) for column in columns for path in _listed(self.row[column])]
+        if not self.is_simulated and not self.is_remote:
+            named.insert(0, ("source", self.path))
+        made = f"{self.folder}/"
+        return [(column, path) for column, path in named if not path.startswith(made) and not Path(path).exists()]
+
+
+def _listed(field: str) -> list[str]:
+    return [path.strip() for path in field.split(";") if path.strip()]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The checked config.
+
+    Attributes
+    ----------
+    content
+        Config with all defaults filled in.
+    sources
+        Dataset name to its row, for the datasets to run.
+    """
+
+    content: Mapping[str, Any]
+    sources: Mapping[str, Source]
+
+    @property
+    def datasets(self) -> list[str]:
+        """Datasets to run."""
+        return list(self.content["run"])
+
+    @property
+    def schemes(self) -> list[str]:
+        """Schemes of held-out perturbations."""
+        return list(self.content["schemes"])
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of trained models."""
+        return list(self.content["seeds"])
+
+    @property
+    def models(self) -> list[str]:
+        """Models, each once, and those whose encoder another one reuses before it."""
+        return list(self.content["models"])
+
+    def source(self, dataset: str) -> Source:
+        """Row of a dataset."""
+        return self.sources[dataset]
+
+    def settings(self, dataset: str, section: str) -> dict[str, Any]:
+        """Settings of one stage for one dataset, overrides applied."""
+        return self._resolved[dataset][section]
+
+    def resolved(self, dataset: str) -> dict[str, Any]:
+        """All that determines the results of a dataset, for the record."""
+        general = {key: self.content[key] for key in ("schemes", "folds", "seeds", "models")}
+        return {**general, "source": dict(self.source(dataset).row), **self._resolved[dataset]}
+
+    def folds(self, dataset: str) -> list[int]:
+        """Folds to run."""
+        chosen = self.content["folds"]
+        return list(range(self.settings(dataset, "pair")["n_folds"])) if chosen is None else list(chosen)
+
+    def pattern(self, kind: str) -> str:
+        """Regular expression of the datasets that are ``simulated`` or ``downloaded``; matches none if so."""
+        wanted = {"simulated": "is_simulated", "downloaded": "is_remote"}[kind]
+        return "|".join(name for name, source in self.sources.items() if getattr(source, wanted)) or "(?!)"
+
+    @cached_property
+    def _resolved(self) -> dict[str, dict[str, Any]]:
+        overrides = self.content["overrides"]
+        return {
+            name: {key: _merge(self.content[key], overrides.get(name, {}).get(key, {})) for key in SECTIONS}
+            for name in self.datasets
+        }
+
+
+def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
+    """Check a config and the table it names, and fill in the defaults.
+
+    Parameters
+    ----------
+    config
+        As read from YAML and the command line.
+    schemas
+        Folder with ``config.schema.yaml`` and ``datasets.schema.yaml``.
+
+    Raises
+    ------
+    ConfigError
+        With every problem found, each naming file and key or row, what was found and what to write.
+    """
+    schema = _read_schema(Path(schemas) / "config.schema.yaml")
+    content = copy.deepcopy(dict(config))
+    problems = list(_problems(content, schema, "config"))
+    for name, override in (content.get("overrides") or {}).items():
+        if isinstance(override, Mapping):
+            sections = {key: schema["properties"][key] for key in SECTIONS}
+            partial = {**schema, "properties": sections, "required": []}
+            problems += _problems(override, partial, f"config, overrides.{name}")
+    if problems:
+        raise ConfigError(_listing(problems))
+    content = _with_defaults(content, schema)
+    sources = _read_sources(content, _read_schema(Path(schemas) / "datasets.schema.yaml"))
+    resolved = Config(content, sources)
+    problems = list(_contradictions(resolved))
+    if problems:
+        raise ConfigError(_listing(problems))
+    return resolved
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Yield what a schema cannot see."""
+    # Imported here: models.py reads contracts only, but config.py stands before both in the flow.
+    from biojepa.models import encoder_source, is_baseline
+
+    for model in config.models:
+        needed = None if is_baseline(model) else encoder_source(model)
+        if needed and needed not in config.models:
+            yield f"config, models: {model} reuses the encoder of {needed}; add {needed} to the list"
+    for dataset in config.datasets:
+        n_folds = config.settings(dataset, "pair")["n_folds"]
+        high = [fold for fold in config.folds(dataset) if fold >= n_folds]
+        if high:
+            yield f"config, folds: found {high}; expected 0 to {n_folds - 1}, since pair.n_folds is {n_folds}"
+        for column, path in config.source(dataset).missing_files():
+            yield (
+                f"{config.content['datasets']}, row {dataset}, column {column}: no file {path}. "
+                "Fix: correct the path, or set data_dir (snakemake --config data_dir=FOLDER)"
+            )
+        if len(config.source(dataset).pathways) > 1:
+            yield f"{config.content['datasets']}, row {dataset}, column pathways: expected one GMT file"
+
+
+def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Source]:
+    path = Path(content["datasets"])
+    if not path.is_file():
+        raise ConfigError(f"config, datasets: no file {path}. Fix: name the table of datasets")
+    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, comment="#")
+    if "dataset" not in table:
+        raise ConfigError(
+            f"{path}: found columns {list(table.columns)}; expected a column dataset. Fix: separate columns by tabs"
+        )
+    sources: dict[str, Source] = {}
+    known = table["dataset"].tolist()
+    for name in content["overrides"]:
+        if name not in known:
+            raise ConfigError(f"config, overrides.{name}: expected a dataset of {path}: {', '.join(known)}")
+    for name in content["run"]:
+        rows = table[table["dataset"] == name]
+        if len(rows) != 1:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"config, run: {name} is in {len(rows)} rows of {path}; expected one of {', '.join(known)}.{hint}"
+            )
+        row = {key: value for key, value in rows.iloc[0].to_dict().items() if value != ""}
+        problems = list(_problems(row, schema, f"{path}, row {name}"))
+        if problems:
+            raise ConfigError(_listing(problems))
+        row = _with_defaults(row, schema)
+        places = {"{data_dir}": content["data_dir"], "{download}": f"{DOWNLOADS}/{name}"}
+        for key, value in row.items():
+            if key in ("source", "cell_metadata", "guide_table", "networks", "gene_sets", "pathways"):
+                for placeholder, folder in places.items():
+                    value = value.replace(placeholder, folder)
+                row[key] = value.removeprefix("file://") if key == "source" else value
+        sources[name] = Source(row)
+    return sources
+
+
+def _read_schema(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _problems(content: Any, schema: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Yield one sentence per violation of the schema."""
+    validator = jsonschema.Draft202012Validator(schema)
+    for error in sorted(validator.iter_errors(content), key=lambda error: list(map(str, error.absolute_path))):
+        key = ".".join(str(part) for part in error.absolute_path)
+        place = f"{where}, key {key}" if key else where
+        if error.validator == "additionalProperties" and isinstance(error.instance, Mapping):
+            allowed = list(error.schema.get("properties", {}))
+            for name in (name for name in error.instance if name not in allowed):
+                near = difflib.get_close_matches(str(name), allowed, n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(allowed)}."
+                yield f"{place}: unknown key {f'{key}.{name}' if key else name}. {hint}"
+        else:
+            described = error.schema.get("description", "") if isinstance(error.schema, Mapping) else ""
+            yield f"{place}: {error.message}. {described}".strip()
+
+
+def _with_defaults(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the defaults of absent keys, at every depth."""
+    filled = dict(content)
+    for key, part in schema.get("properties", {}).items():
+        if key not in filled and "default" in part:
+            filled[key] = copy.deepcopy(part["default"])
+        if isinstance(filled.get(key), Mapping) and "properties" in part:
+            filled[key] = _with_defaults(filled[key], part)
+    return filled
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _listing(problems: list[str]) -> str:
+    return problems[0] if len(problems) == 1 else "\n".join(["several problems:", *(f"- {p}" for p in problems)])

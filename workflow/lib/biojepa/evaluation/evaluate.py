@@ -1,0 +1,274 @@
+"""Score every model's predictions of the held-out perturbations of all folds of a split."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+
+from biojepa.contracts import (
+    ALL_CATEGORIES,
+    CATEGORY,
+    METRICS_COLUMNS,
+    PERTURBATION,
+    SUMMARY_COLUMNS,
+    WHOLE_MODEL,
+)
+from biojepa.errors import InputError
+from biojepa.evaluation.enrichment import (
+    ENRICHMENT_COLUMNS,
+    choose_perturbations,
+    enrichment_scores,
+    enrichment_table,
+    pathway_correlation,
+    read_gene_sets,
+)
+from biojepa.evaluation.metrics import METRICS, all_metrics
+from biojepa.evaluation.observed import observed_means
+from biojepa.evaluation.predictions import (
+    FROM_CELLS,
+    Prediction,
+    PredictionFile,
+    genes_of_fold,
+    read_prediction,
+)
+from biojepa.evaluation.resampling import SEEN, UNSEEN, WholeModelScores, make_scopes
+from biojepa.evaluation.scoring import check_references, score_prediction, sentinel
+from biojepa.evaluation.settings import EvaluationSettings
+from biojepa.evaluation.splits import FoldSplit, check_split_covers_cells
+from biojepa.evaluation.statistics import CEILING, FLOOR, metric_tables, summarize
+from biojepa.evaluation.truth import FoldTruth, assemble_fold, collect_moments
+from biojepa.evaluation.verdict import DECIDING, finite_or_none, reach_verdict
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What the evaluation of one split of one dataset gives.
+
+    Attributes
+    ----------
+    metrics, summary, enrichment
+        Tables as described in ``contracts``.
+    verdict
+        Sentence, decisions per group, usability of every metric, outcome of the checks.
+    observed
+        Observed means, rows perturbation × fold, for the report.
+    """
+
+    metrics: pd.DataFrame
+    summary: pd.DataFrame
+    enrichment: pd.DataFrame
+    verdict: dict[str, Any]
+    observed: ad.AnnData
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A fold's split, truth and prediction files."""
+
+    split: FoldSplit
+    truth: FoldTruth
+    files: list[PredictionFile]
+
+    def load(self, file: PredictionFile) -> Prediction:
+        """Read predictions, or make those of the two references from the truth."""
+        if file.path != FROM_CELLS:
+            return read_prediction(file, self.truth, self.split)
+        if file.model == CEILING:
+            return Prediction(self.truth.half_a)
+        return Prediction(np.tile(self.truth.perturbed_mean, (len(self.truth.perturbations), 1)))
+
+
+def evaluate(
+    cells_path: str | Path,
+    splits: Sequence[FoldSplit],
+    predictions: Sequence[PredictionFile],
+    settings: EvaluationSettings | None = None,
+    gene_sets: str | Path | None = None,
+) -> EvaluationResult:
+    """Score predictions on the test perturbations of every fold.
+
+    Only test rows are scored; validation rows served selection. The training mean and the technical
+    duplicate, which every share of the gap refers to, are added from the cells where no file gives them.
+
+    Parameters
+    ----------
+    cells_path
+        ``cells.h5ad``.
+    splits
+        The folds, one each.
+    predictions
+        Files to score; every fold needs at least one.
+    settings
+        Defaults where not given.
+    gene_sets
+        GMT file; without it, no enrichment.
+
+    Raises
+    ------
+    InputError
+        If a file does not fit the split, the cells or the other models.
+    """
+    settings = settings or EvaluationSettings()
+    folds = _load_folds(Path(cells_path), splits, predictions, settings)
+    tested = pd.concat(
+        [pd.DataFrame({PERTURBATION: f.truth.perturbations, CATEGORY: f.truth.categories}) for f in folds]
+    )
+    whole = WholeModelScores(make_scopes(tested, settings.draws, settings.seed))
+    scores, sentinels = _score_all(folds, whole, settings)
+    enrichment = pd.DataFrame(columns=list(ENRICHMENT_COLUMNS))
+    if gene_sets is not None:
+        enrichment = _enrich(folds, scores, whole, gene_sets, settings)
+        scores = pd.concat([scores, pathway_correlation(enrichment)], ignore_index=True)
+    of_perturbations = scores[scores[PERTURBATION] != WHOLE_MODEL]
+    tables = metric_tables(of_perturbations, whole, all_metrics(), whole.scopes)
+    in_summary = [table for table in tables if table.scope.name not in (SEEN, UNSEEN)]
+    summary = summarize(in_summary, settings.baselines, settings.confidence)
+    verdict = reach_verdict(tables, settings)
+    verdict["sentinels"] = finite_or_none(sentinels)
+    metrics = scores[list(METRICS_COLUMNS)].reset_index(drop=True)
+    return EvaluationResult(
+        metrics,
+        summary[list(SUMMARY_COLUMNS)],
+        enrichment,
+        verdict,
+        observed_means([fold.truth for fold in folds]),
+    )
+
+
+def _load_folds(
+    cells_path: Path,
+    splits: Sequence[FoldSplit],
+    predictions: Sequence[PredictionFile],
+    settings: EvaluationSettings,
+) -> list[_Fold]:
+    """Check splits and files against the cells, and collect the truth of every fold."""
+    numbers = [split.fold for split in splits]
+    if not splits or len(set(numbers)) != len(numbers):
+        raise InputError("splits", f"folds {numbers}", "one split per fold", "pass each fold once")
+    stray = [file for file in predictions if file.fold not in numbers]
+    if stray:
+        raise InputError(
+            stray[0].path,
+            f"fold {stray[0].fold}",
+            f"one of the folds {numbers}",
+            "pass the split of this fold too",
+        )
+    twice = pd.Series([(file.model, file.fold, file.seed) for file in predictions]).duplicated()
+    if twice.any():
+        file = predictions[int(np.flatnonzero(twice)[0])]
+        raise InputError(
+            file.path,
+            f"a second file of {file.model}, fold {file.fold}, seed {file.seed}",
+            "one file each",
+            "give models different names",
+        )
+    files = {split.fold: [file for file in predictions if file.fold == split.fold] for split in splits}
+    with h5py.File(cells_path, "r") as cells:
+        labels = ad.io.read_elem(cells["obs"])[PERTURBATION].astype(str).unique()
+    for split in splits:
+        check_split_covers_cells(split, labels, cells_path)
+    genes = {fold: genes_of_fold(members) for fold, members in files.items()}
+    union = pd.Index(sorted(set().union(*genes.values())))
+    moments = collect_moments(cells_path, union, settings.half_seed)
+    folds = []
+    for split in splits:
+        truth = assemble_fold(moments, split, genes[split.fold], settings.fdr)
+        given = {file.model for file in files[split.fold]}
+        built_in = [
+            PredictionFile(name, split.fold, 0, FROM_CELLS) for name in (FLOOR, CEILING) if name not in given
+        ]
+        folds.append(_Fold(split, truth, files[split.fold] + built_in))
+    return folds
+
+
+def _score_all(
+    folds: Sequence[_Fold], whole: WholeModelScores, settings: EvaluationSettings
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Score every file of every fold; return the long table and the outcome of the checks."""
+    parts, sentinels = [], []
+    for fold in folds:
+        split = fold.split
+        sentinels.append(
+            sentinel(
+                f"fold {split.fold}: split.tsv is the one that was frozen",
+                True,
+                f"SHA-256 {split.info.get('sha256', 'not given')}",
+            )
+        )
+        for file in fold.files:
+            prediction = fold.load(file)
+            sentinels += check_references(file, prediction, fold.truth)
+            parts.append(score_prediction(file, prediction, fold.truth, whole))
+            LOGGER.info("scored %s, fold %d, seed %d", file.model, file.fold, file.seed)
+        sentinels.append(
+            sentinel(
+                f"fold {split.fold}: every prediction declares the set of the split",
+                True,
+                f"{len(fold.files)} models on {len(fold.truth.perturbations)} test perturbations",
+            )
+        )
+    return pd.concat(parts, ignore_index=True), sentinels
+
+
+def _enrich(
+    folds: Sequence[_Fold],
+    scores: pd.DataFrame,
+    whole: WholeModelScores,
+    gene_sets_path: str | Path,
+    settings: EvaluationSettings,
+) -> pd.DataFrame:
+    """Run the enrichment for the references, the best baseline and the models asked for.
+
+    One seed per model: the lowest.
+    """
+    wanted = {FLOOR, CEILING, *(settings.enrichment.models or (settings.model,))}
+    best = _best_baseline(scores, whole, settings)
+    wanted |= {best} if best else set()
+    union = pd.Index(sorted(set().union(*(fold.truth.genes for fold in folds))))
+    gene_sets = read_gene_sets(gene_sets_path, union, settings.enrichment)
+    chosen = choose_perturbations([fold.truth for fold in folds], settings.enrichment.max_perturbations)
+    parts = []
+    for fold in folds:
+        rows, truth = chosen[fold.split.fold], fold.truth
+        files = [
+            file
+            for file in fold.files
+            if file.model in wanted and file.seed == _lowest_seed(file, fold.files)
+        ]
+        if not rows:
+            continue
+        observed = enrichment_scores(truth.delta_control[rows], truth.genes, gene_sets, settings.enrichment)
+        for file in files:
+            predicted = fold.load(file).mean
+            parts.append(
+                enrichment_table(
+                    file.model, file.seed, predicted, observed, truth, rows, gene_sets, settings.enrichment
+                )
+            )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _lowest_seed(file: PredictionFile, files: Sequence[PredictionFile]) -> int:
+    return min(other.seed for other in files if other.model == file.model)
+
+
+def _best_baseline(scores: pd.DataFrame, whole: WholeModelScores, settings: EvaluationSettings) -> str | None:
+    """Return the best simple model over all test perturbations by the first deciding metric."""
+    metric = DECIDING[0]
+    tables = metric_tables(
+        scores[scores["metric"] == metric],
+        whole,
+        {metric: METRICS[metric]},
+        {ALL_CATEGORIES: whole.scopes[ALL_CATEGORIES]},
+    )
+    return tables[0].best_baseline(settings.baselines) if tables else None

@@ -1,0 +1,251 @@
+"""From scores per perturbation to intervals, shares of the gap, and comparisons with a baseline.
+
+A perturbation scored in several folds or seeds is averaged first; folds are pooled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from biojepa.contracts import CATEGORY, PERTURBATION, POSITIVE_CONTROLS, SUMMARY_COLUMNS
+from biojepa.evaluation.registry import Metric
+from biojepa.evaluation.resampling import Scope, WholeModelScores, bootstrap_means, interval, nan_mean
+
+# Predictions are float32: the same prediction summed in another order is a tie, not a win.
+TIE = 1e-6
+FLOOR, CEILING = "mean", "duplicate"
+
+
+@dataclass(frozen=True)
+class MetricTable:
+    """One metric in one scope for all models.
+
+    Attributes
+    ----------
+    values
+        (perturbations, models), averaged over folds and seeds; None for whole-model metrics.
+    n, mean
+        (models,): defined perturbations and the pooled score.
+    draws
+        (draws, models): the pooled score of every bootstrap sample.
+    """
+
+    metric: Metric
+    scope: Scope
+    models: list[str]
+    values: np.ndarray | None
+    n: np.ndarray
+    mean: np.ndarray
+    draws: np.ndarray
+
+    def column(self, model: str) -> int | None:
+        """Return the column of a model, None where it has no score."""
+        if model not in self.models:
+            return None
+        column = self.models.index(model)
+        return column if np.isfinite(self.mean[column]) else None
+
+    def dynamic_range(self, confidence: float) -> tuple[float, float, float]:
+        """Return how much better the duplicate is than the mean baseline, with its interval."""
+        floor, ceiling = self.column(FLOOR), self.column(CEILING)
+        if floor is None or ceiling is None:
+            return (np.nan, np.nan, np.nan)
+        span = self.metric.goodness(self.draws[:, ceiling]) - self.metric.goodness(self.draws[:, floor])
+        low, high = interval(span[:, None], confidence)
+        best = self.metric.goodness(self.mean[ceiling]) - self.metric.goodness(self.mean[floor])
+        return float(best), float(low[0]), float(high[0])
+
+    def gap_closed(self, confidence: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (score − mean baseline) / (duplicate − mean baseline) and its interval, per model.
+
+        A ratio of pooled means over the perturbations where all three are defined. NaN where the
+        dynamic range may be 0 or less, since a share of nothing has no meaning.
+        """
+        undefined = np.full(len(self.models), np.nan)
+        floor, ceiling = self.column(FLOOR), self.column(CEILING)
+        if floor is None or ceiling is None or not self.dynamic_range(confidence)[1] > 0:
+            return undefined, undefined.copy(), undefined.copy()
+        if self.values is None:
+            point = (self.mean - self.mean[floor]) / (self.mean[ceiling] - self.mean[floor])
+            ratio = _ratio(
+                self.draws - self.draws[:, [floor]], self.draws[:, [ceiling]] - self.draws[:, [floor]]
+            )
+            return (point, *interval(ratio, confidence))
+        above = self.values - self.values[:, [floor]]
+        span = np.repeat(above[:, [ceiling]], len(self.models), axis=1)
+        common = np.isfinite(above) & np.isfinite(span)
+        above, span = np.where(common, above, 0.0), np.where(common, span, 0.0)
+        point = _ratio(above.sum(axis=0, keepdims=True), span.sum(axis=0, keepdims=True))[0]
+        ratio = _ratio(self.scope.counts @ above, self.scope.counts @ span)
+        return (point, *interval(ratio, confidence))
+
+    def best_baseline(self, baselines: Iterable[str]) -> str | None:
+        """Return the simple model with the best pooled score among those scored on the most perturbations.
+
+        Chosen on the very perturbations it is then compared on: that favours the baseline, so a win
+        against it is understated.
+        """
+        columns = [column for name in baselines if (column := self.column(name)) is not None]
+        if not columns:
+            return None
+        most = max(self.n[column] for column in columns)
+        goodness = self.metric.goodness(self.mean)
+        complete = [column for column in columns if self.n[column] == most]
+        return self.models[max(complete, key=lambda column: goodness[column])]
+
+    def difference(self, model: str, other: str) -> np.ndarray:
+        """Return by how much a model is better than another, per perturbation scored by both."""
+        first, second = self.column(model), self.column(other)
+        if self.values is None or first is None or second is None:
+            return np.array([])
+        gain = self.metric.goodness(self.values[:, first]) - self.metric.goodness(self.values[:, second])
+        gain = gain[np.isfinite(gain)]
+        return np.where(np.abs(gain) <= TIE, 0.0, gain)
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide, NaN where the denominator is 0 or undefined."""
+    numerator, denominator = np.broadcast_arrays(numerator, denominator)
+    defined = np.isfinite(denominator) & (denominator != 0)
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=defined)
+
+
+def metric_tables(
+    scores: pd.DataFrame,
+    whole: WholeModelScores,
+    metrics: dict[str, Metric],
+    scopes: dict[str, Scope],
+) -> list[MetricTable]:
+    """Pool the scores of every metric in every scope.
+
+    Parameters
+    ----------
+    scores
+        Long table of scores per perturbation (columns of ``metrics.tsv``).
+    whole
+        Scores of the whole-model metrics.
+    metrics, scopes
+        What to pool; metrics without any score are left out.
+    """
+    models = list(dict.fromkeys(scores["model"]))
+    by_metric = dict(tuple(scores.groupby("metric", sort=False)))
+    tables = []
+    for scope in scopes.values():
+        for metric in metrics.values():
+            if metric.unit == "model":
+                table = _whole_model_table(metric, scope, models, whole)
+            elif metric.name in by_metric:
+                table = _perturbation_table(metric, scope, models, by_metric[metric.name])
+            else:
+                continue
+            if np.isfinite(table.mean).any():
+                tables.append(table)
+    return tables
+
+
+def _whole_model_table(
+    metric: Metric, scope: Scope, models: list[str], whole: WholeModelScores
+) -> MetricTable:
+    pooled = np.column_stack([whole.pooled(model, metric.name, scope) for model in models])
+    n = np.where(np.isfinite(pooled[0]), len(scope.perturbations), 0)
+    return MetricTable(metric, scope, models, None, n, pooled[0], pooled[1:])
+
+
+def _perturbation_table(metric: Metric, scope: Scope, models: list[str], scores: pd.DataFrame) -> MetricTable:
+    inside = scores[scores[CATEGORY].isin(scope.categories)]
+    averaged = inside.groupby([PERTURBATION, "model"], observed=True)["value"].mean().unstack("model")
+    values = averaged.reindex(index=scope.perturbations, columns=models).to_numpy(dtype=float)
+    draws = bootstrap_means(values, scope.counts)
+    return MetricTable(
+        metric, scope, models, values, np.isfinite(values).sum(axis=0), nan_mean(values), draws
+    )
+
+
+def wilcoxon_p(difference: np.ndarray) -> float:
+    """Return the two-sided p-value of Wilcoxon's signed-rank test; 1 when nothing differs.
+
+    Zero differences are left out (Wilcoxon's own rule); NaN below two perturbations. Exact up to 50
+    differences without ties, otherwise the normal approximation with continuity correction.
+    """
+    if len(difference) < 2:
+        return float("nan")
+    difference = difference[difference != 0]
+    if not len(difference):
+        return 1.0
+    # scipy's own choice for few tied differences enumerates permutations, which takes 0.6 s each.
+    tied = len(np.unique(np.abs(difference))) < len(difference)
+    method = "asymptotic" if tied or len(difference) > 50 else "exact"
+    return float(stats.wilcoxon(difference, method=method, correction=method == "asymptotic").pvalue)
+
+
+def summarize(tables: Sequence[MetricTable], baselines: Sequence[str], confidence: float) -> pd.DataFrame:
+    """Return ``summary.tsv``: pooled score, interval, gap closed and comparison with the best baseline.
+
+    ``q_vs_best_baseline`` is Benjamini–Hochberg over models × metrics of one role within a category;
+    positive controls, which nobody claims to beat, get no q and do not enter.
+    """
+    blocks = []
+    for table in tables:
+        block = _summary_block(table, baselines, confidence)
+        blocks.append(block.assign(role=table.metric.role))
+    summary = pd.concat(blocks, ignore_index=True)
+    summary["q_vs_best_baseline"] = np.nan
+    tested = summary["p_vs_best_baseline"].notna() & ~summary["model"].isin(POSITIVE_CONTROLS)
+    for _, family in summary[tested].groupby([CATEGORY, "role"]):
+        q_values = stats.false_discovery_control(family["p_vs_best_baseline"])
+        summary.loc[family.index, "q_vs_best_baseline"] = q_values
+    return summary[list(SUMMARY_COLUMNS)]
+
+
+def _summary_block(table: MetricTable, baselines: Sequence[str], confidence: float) -> pd.DataFrame:
+    """Return the rows of one metric and category, one per model with a score."""
+    low, high = interval(table.draws, confidence)
+    # One perturbation resamples to itself: an interval of width 0 would claim certainty.
+    low, high = (np.where(table.n > 1, bound, np.nan) for bound in (low, high))
+    gap, gap_low, gap_high = table.gap_closed(confidence)
+    best = table.best_baseline(baselines)
+    rows = []
+    for column, model in enumerate(table.models):
+        if not np.isfinite(table.mean[column]):
+            continue
+        row = {
+            "model": model,
+            "category": table.scope.name,
+            "metric": table.metric.name,
+            "n": int(table.n[column]),
+            "mean": table.mean[column],
+            "ci_low": low[column],
+            "ci_high": high[column],
+            "gap_closed": gap[column],
+            "gap_ci_low": gap_low[column],
+            "gap_ci_high": gap_high[column],
+            "best_baseline": best,
+            "p_vs_best_baseline": np.nan,
+            "win_rate": np.nan,
+            "harm_rate": np.nan,
+        }
+        difference = table.difference(model, best) if best not in (None, model) else np.array([])
+        if len(difference):
+            row["p_vs_best_baseline"] = wilcoxon_p(difference)
+            row["win_rate"], row["harm_rate"] = (difference > 0).mean(), (difference < 0).mean()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def paired_difference(
+    table: MetricTable, model: str, other: str, confidence: float
+) -> tuple[float, float, float]:
+    """Return the mean gain of a model over another and its bootstrap interval; positive is better."""
+    first, second = table.column(model), table.column(other)
+    if table.values is None or first is None or second is None:
+        return (np.nan, np.nan, np.nan)
+    gain = table.metric.goodness(table.values[:, first]) - table.metric.goodness(table.values[:, second])
+    if not np.isfinite(gain).any():
+        return (np.nan, np.nan, np.nan)
+    low, high = interval(bootstrap_means(gain[:, None], table.scope.counts), confidence)
+    return float(np.nanmean(gain)), float(low[0]), float(high[0])

@@ -1,0 +1,129 @@
+"""Perturbation labels: one spelling for the same perturbation, whatever the file calls it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from biojepa.contracts import CONTROL, GENE_SEPARATOR
+from biojepa.errors import InputError
+
+# Names that published screens give to unperturbed cells, or with which they pad a single
+# perturbation (``KLF1+ctrl``). Compared without regard to case.
+CONTROL_SYNONYMS = frozenset(
+    {
+        "ctrl",
+        "control",
+        "non-targeting",
+        "non_targeting",
+        "nontargeting",
+        "nt",
+        "ntc",
+        "negctrl",
+        "neg_ctrl",
+        "neg_control",
+    }
+)
+MISSING_LABELS = frozenset({"", "nan", "none", "null", "unassigned", "unknown", "ambiguous", "*"})
+CONTROL_LABEL_SEPARATOR = ";"
+
+
+def control_names(control_label: str) -> tuple[str, ...]:
+    """Split a ``control_label`` setting, which may name several labels joined by ``;``."""
+    names = (name.strip() for name in control_label.split(CONTROL_LABEL_SEPARATOR))
+    return tuple(name for name in names if name)
+
+
+def is_control_name(name: str, controls: Sequence[str] = ()) -> bool:
+    """Tell whether a name stands for "not perturbed": one of ``controls`` or a known synonym."""
+    return name in controls or name.casefold() in CONTROL_SYNONYMS
+
+
+def normalize_label(
+    raw: object, separator: str = GENE_SEPARATOR, controls: Sequence[str] = (), pattern: str = ""
+) -> str | None:
+    """Return the label of this pipeline for a label of a file.
+
+    Parameters
+    ----------
+    raw
+        Label as the file spells it. Numbers are taken as text.
+    separator
+        What joins the genes of a combination in the file.
+    controls
+        Labels that mean control. When none is given, the synonyms in ``CONTROL_SYNONYMS`` do.
+    pattern
+        Regular expression whose matches are removed, from the whole label and from each gene.
+
+    Returns
+    -------
+    str or None
+        Genes in sorted order joined by ``+``, each once, control padding dropped; ``control``;
+        or None when the label is missing, or names a control other than ``controls``.
+
+    Raises
+    ------
+    InputError
+        When a gene holds the character that joins the genes of a combination here.
+    """
+    if raw is None or (isinstance(raw, float) and np.isnan(raw)) or raw is pd.NA:
+        return None
+    whole = str(raw).strip()
+    stripped = re.sub(pattern, "", whole).strip() if pattern else whole
+    if whole in controls or stripped in controls:
+        return CONTROL
+    if stripped.casefold() in MISSING_LABELS:
+        return None
+    if stripped.casefold() in CONTROL_SYNONYMS:
+        # Another kind of control than the one that was named: neither a gene nor, unasked, a control.
+        return None if controls else CONTROL
+    parts = [part.strip() for part in stripped.split(separator)] if separator else [stripped]
+    if pattern:
+        parts = [re.sub(pattern, "", part).strip() for part in parts]
+    genes = {part for part in parts if part and not is_control_name(part, controls)}
+    joined = [gene for gene in sorted(genes) if GENE_SEPARATOR in gene]
+    if joined:
+        raise InputError(
+            f"perturbation label {whole!r}",
+            f"{GENE_SEPARATOR!r} inside the gene name {joined[0]!r} (separator is {separator!r})",
+            f"gene names without {GENE_SEPARATOR!r}, which joins the genes of a combination",
+            f"set `separator` to {GENE_SEPARATOR!r}, or strip the extra text with `label_pattern`",
+        )
+    return GENE_SEPARATOR.join(sorted(genes)) if genes else CONTROL
+
+
+def normalize_labels(
+    raw: Iterable[object],
+    separator: str = GENE_SEPARATOR,
+    controls: Sequence[str] = (),
+    pattern: str = "",
+) -> np.ndarray:
+    """Return the labels of many cells, shape ``(cells,)``, dtype object; see `normalize_label`.
+
+    Every distinct label is looked at once, so a million cells cost as much as their labels.
+    """
+    codes, distinct = pd.factorize(np.asarray(list(raw), dtype=object), use_na_sentinel=True)
+    labels = np.array(
+        [normalize_label(label, separator, controls, pattern) for label in distinct] + [None], dtype=object
+    )
+    return labels[codes]
+
+
+def other_controls(raw: Iterable[object], controls: Sequence[str]) -> dict[str, int]:
+    """Count the cells whose label is a control synonym that ``controls`` does not name."""
+    if not controls:
+        return {}
+    counts = pd.Series(list(raw), dtype=object).dropna().astype(str).str.strip().value_counts()
+    return {
+        str(label): int(n)
+        for label, n in counts.items()
+        if str(label) not in controls and str(label).casefold() in CONTROL_SYNONYMS
+    }
+
+
+def genes_of(label: str) -> list[str]:
+    """Return the perturbed genes of a normalized label; none for the control."""
+    return [] if label == CONTROL else label.split(GENE_SEPARATOR)

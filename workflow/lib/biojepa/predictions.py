@@ -1,0 +1,106 @@
+"""Write ``predictions.h5ad`` and ``embeddings.h5ad``: the files that every model hands on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+
+from biojepa.contracts import (
+    ALL_CONTEXTS,
+    CONTEXT,
+    EMBEDDING,
+    N_CELLS,
+    PERTURBATION,
+    SD_LAYER,
+    SET,
+    TEST,
+    VAL,
+    Z_PRED,
+    Z_TRUE,
+)
+from biojepa.files import atomic_path
+
+
+def predicted_rows(split: pd.DataFrame) -> np.ndarray:
+    """Positions in ``split`` of the labels that a predictions file holds: validation and test."""
+    return np.flatnonzero(split[SET].isin((VAL, TEST)))
+
+
+def write_predictions(
+    path: str | Path,
+    model: str,
+    split: pd.DataFrame,
+    rows: np.ndarray,
+    n_cells: Mapping[str, int],
+    genes: Sequence[str],
+    expression: np.ndarray,
+    provenance: Mapping[str, Any],
+    sd: np.ndarray | None = None,
+    z_pred: np.ndarray | None = None,
+    z_true: np.ndarray | None = None,
+) -> None:
+    """Write predictions of one model.
+
+    Parameters
+    ----------
+    path, model
+        File, and name of the model.
+    split, rows
+        The split table, and the positions of the predicted labels in it.
+    n_cells
+        Cells of each label in the screen.
+    genes
+        Of the columns.
+    expression
+        (rows, genes) mean log-expression, not a change.
+    provenance
+        How it was made.
+    sd
+        (rows, genes) standard deviation of that mean.
+    z_pred, z_true
+        (rows, D) pooled embedding, predicted and observed.
+    """
+    shown = split.iloc[rows]
+    if expression.shape != (len(rows), len(genes)):
+        raise ValueError(f"expression has shape {expression.shape}; expected {(len(rows), len(genes))}")
+    obs = pd.DataFrame(
+        {
+            PERTURBATION: shown[PERTURBATION].to_numpy(str),
+            CONTEXT: ALL_CONTEXTS,
+            SET: shown[SET].to_numpy(str),
+            N_CELLS: [int(n_cells.get(label, 0)) for label in shown[PERTURBATION]],
+        },
+        index=shown[PERTURBATION].to_numpy(str),
+    )
+    predictions = ad.AnnData(expression.astype(np.float32), obs, pd.DataFrame(index=pd.Index(genes, name="gene")))
+    predictions.uns.update(model=model, provenance=json.dumps(dict(provenance), sort_keys=True))
+    if sd is not None:
+        predictions.layers[SD_LAYER] = sd.astype(np.float32)
+    for slot, values in ((Z_PRED, z_pred), (Z_TRUE, z_true)):
+        if values is not None:
+            predictions.obsm[slot] = values.astype(np.float32)
+    with atomic_path(path) as temporary:
+        predictions.write_h5ad(temporary)
+
+
+def write_embeddings(
+    path: str | Path, obs: pd.DataFrame, pooled: np.ndarray, provenance: Mapping[str, Any]
+) -> None:
+    """Write the pooled embedding (cells, D) of every cell, with the cells' ``obs``, for scanpy."""
+    embeddings = ad.AnnData(obs=obs, obsm={EMBEDDING: pooled.astype(np.float32)})
+    embeddings.uns["provenance"] = json.dumps(dict(provenance), sort_keys=True)
+    with atomic_path(path) as temporary:
+        embeddings.write_h5ad(temporary)
+
+
+def cells_per_label(cells_path: str | Path) -> dict[str, int]:
+    """Count the cells of each perturbation in ``cells.h5ad``."""
+    with h5py.File(cells_path, "r") as file:
+        return ad.io.read_elem(file["obs"])[PERTURBATION].astype(str).value_counts().to_dict()

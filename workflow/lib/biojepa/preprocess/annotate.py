@@ -1,0 +1,282 @@
+"""What is known about each cell before any filter: perturbation, guide, batch, library size, mito."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from biojepa.contracts import (
+    BATCH,
+    CELL_TYPE,
+    CONTROL,
+    DOSE,
+    GUIDE_ID,
+    IS_CONTROL,
+    LIBRARY_SIZE,
+    N_PERTURBED_GENES,
+    PERTURBATION,
+    PERTURBATION_TYPE,
+)
+from biojepa.errors import InputError
+from biojepa.guides import ASSIGNED, NO_GUIDE, GuideAssignment, assign_guides
+from biojepa.labels import control_names, genes_of, normalize_label, normalize_labels, other_controls
+from biojepa.raw.read import GUIDE_COUNTS, GUIDE_NAMES
+from biojepa.raw.source import ScreenSource
+from biojepa.raw.tables import read_guide_table, require_column
+
+N_COUNTS, N_GENES, PCT_MITO = "n_counts", "n_genes", "pct_mito"
+GUIDE_UMIS, GUIDE_SHARE = "guide_umis", "guide_share"
+STATUS = "status"
+
+
+@dataclass
+class CellTable:
+    """Cells before filtering.
+
+    Parameters
+    ----------
+    obs
+        Columns of the contract, ``n_counts``, ``n_genes``, ``pct_mito`` and ``status``
+        (assigned, no_guide, too_many_guides); ``perturbation`` is None where unknown.
+    missing_filter
+        Name of the filter that drops cells without a perturbation: no_guide or unlabelled.
+    notes
+        What a reader of qc.tsv should know, by filter.
+    """
+
+    obs: pd.DataFrame
+    missing_filter: str
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def annotate_cells(screen: ad.AnnData, source: ScreenSource, guides: GuideAssignment) -> CellTable:
+    """Put together what the file, its tables and the guide counts say about each cell.
+
+    Raises
+    ------
+    InputError
+        When a column is missing, no control is found, or a library size is not positive.
+    """
+    if source.perturbation_column:
+        calls = _from_labels(screen, source)
+    elif GUIDE_COUNTS in screen.obsm:
+        calls = _from_guide_counts(screen, source, guides)
+    elif source.guide_column and source.guide_table:
+        calls = _from_guide_column(screen, source)
+    else:
+        raise InputError(
+            f"dataset table, row {source.dataset!r}",
+            "no `perturbation_column`, and no guide counts in the file",
+            "labels of cells, guide features in the matrix, or `guide_column` with `guide_table`",
+            f"set `perturbation_column` to one of: {', '.join(map(str, screen.obs.columns)) or 'none'}",
+        )
+    table, obs = calls, screen.obs
+    known = table.obs[PERTURBATION]
+    if not (known == CONTROL).any():
+        raise InputError(
+            source.path,
+            "no control cells",
+            "cells of an unperturbed control",
+            "correct `control_label`, or use a screen with a control",
+        )
+    genes = {label: len(genes_of(label)) for label in known.dropna().unique()}
+    table.obs[IS_CONTROL] = (known == CONTROL).to_numpy()
+    table.obs[N_PERTURBED_GENES] = known.map(genes).fillna(0).astype(np.int32).to_numpy()
+    table.obs[PERTURBATION_TYPE] = source.perturbation_type
+    table.obs[DOSE] = np.nan
+    table.obs[BATCH] = _text_column(obs, source.batch_column, source, "batch_column", "all")
+    table.obs[CELL_TYPE] = _text_column(obs, source.cell_type_column, source, "cell_type_column", "unknown")
+
+    counts = screen.X
+    table.obs[N_COUNTS] = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+    table.obs[N_GENES] = np.diff(counts.indptr).astype(np.int32)
+    table.obs[LIBRARY_SIZE] = library_sizes(obs, table.obs[N_COUNTS].to_numpy(), source)
+    table.obs[PCT_MITO] = mitochondrial_percent(screen, table.obs[N_COUNTS].to_numpy(), source)
+    return table
+
+
+def _from_labels(screen: ad.AnnData, source: ScreenSource) -> CellTable:
+    """Take the perturbation of each cell from its label."""
+    raw = require_column(screen.obs, source.perturbation_column, source.path, "perturbation_column")
+    controls = control_names(source.control_label)
+    labels = normalize_labels(raw.tolist(), source.separator, controls, source.label_pattern)
+    if not (labels == CONTROL).any():
+        raise _no_control(
+            f"{source.path}, column {source.perturbation_column!r}", raw.tolist(), source, "labels"
+        )
+    obs = pd.DataFrame({PERTURBATION: labels}, index=screen.obs.index)
+    obs[GUIDE_ID] = _text_column(
+        screen.obs, source.guide_column, source, "guide_column", default="", missing=""
+    )
+    obs[STATUS] = np.where(pd.isna(labels), NO_GUIDE, ASSIGNED)
+    notes = {}
+    if others := other_controls(raw.tolist(), controls):
+        listed = ", ".join(f"{label} ({n} cells)" for label, n in others.items())
+        notes["unlabelled"] = f"left out, add to `control_label` (joined by ;) to use: {listed}"
+    return CellTable(obs, "unlabelled", notes)
+
+
+def _from_guide_counts(screen: ad.AnnData, source: ScreenSource, settings: GuideAssignment) -> CellTable:
+    """Call guides from their counts and translate them to targets."""
+    names = [str(name) for name in screen.uns[GUIDE_NAMES]]
+    targets = guide_targets(names, source)
+    calls = assign_guides(screen.obsm[GUIDE_COUNTS], names, targets, settings)
+    obs = pd.DataFrame({PERTURBATION: calls["label"].to_numpy()}, index=screen.obs.index)
+    obs[GUIDE_ID] = calls["guide_id"].fillna("").to_numpy()
+    obs[STATUS] = calls["status"].to_numpy()
+    obs[GUIDE_UMIS] = calls["guide_umis"].to_numpy()
+    obs[GUIDE_SHARE] = calls["guide_share"].to_numpy()
+    if not (obs[PERTURBATION] == CONTROL).any():
+        raise InputError(
+            source.path,
+            f"no cell that carries control guides alone ({settings})",
+            "cells of an unperturbed control",
+            "loosen preprocess.guide_assignment, or check the control guides in `guide_table`",
+        )
+    seen = {gene for label in obs[PERTURBATION].dropna().unique() for gene in genes_of(label)}
+    unseen = sorted({gene for label in targets.values() for gene in genes_of(label)} - seen)
+    notes = {"no_guide": f"targets without a cell: {', '.join(unseen)}"} if unseen else {}
+    return CellTable(obs, "no_guide", notes)
+
+
+def _from_guide_column(screen: ad.AnnData, source: ScreenSource) -> CellTable:
+    """Translate the guide that the file names for each cell to its target."""
+    raw = require_column(screen.obs, source.guide_column, source.path, "guide_column")
+    text = raw.astype(object).where(raw.notna(), "").astype(str)
+    targets = guide_targets(sorted(set(text) - {""}), source)
+    labels = np.array([targets.get(guide) for guide in text], dtype=object)
+    obs = pd.DataFrame({PERTURBATION: labels, GUIDE_ID: text.to_numpy()}, index=screen.obs.index)
+    obs[STATUS] = np.where(pd.isna(labels), NO_GUIDE, ASSIGNED)
+    return CellTable(obs, "unlabelled")
+
+
+def guide_targets(names: list[str], source: ScreenSource) -> dict[str, str]:
+    """Return the normalized target of each guide, from ``guide_table`` or by ``label_pattern``.
+
+    Raises
+    ------
+    InputError
+        When a guide has no target, or no guide targets the control.
+    """
+    if source.guide_table:
+        table = read_guide_table(source.guide_table)
+        where = source.guide_table
+        missing = [name for name in names if name not in table.index]
+        if missing:
+            raise InputError(
+                f"{where}, column guide",
+                f"{len(missing)} of {len(names)} guides of the screen missing, such as {missing[0]!r}",
+                "a row for every guide",
+                "add the rows, or make the two spellings agree",
+            )
+        raw = table.loc[names].tolist()
+    elif source.label_pattern:
+        where, raw = f"dataset table, row {source.dataset!r}, column label_pattern", names
+    else:
+        raise InputError(
+            f"dataset table, row {source.dataset!r}",
+            "guides, but neither `guide_table` nor `label_pattern`",
+            "a way from a guide to its target",
+            "give a `guide_table` with columns guide and target",
+        )
+    controls = control_names(source.control_label)
+    labels = [normalize_label(target, source.separator, controls, source.label_pattern) for target in raw]
+    if CONTROL not in labels:
+        raise _no_control(str(where), raw, source, "targets")
+    unknown = [name for name, label in zip(names, labels, strict=True) if label is None]
+    if unknown:
+        raise InputError(
+            str(where),
+            f"target {raw[names.index(unknown[0])]!r} of guide {unknown[0]!r}",
+            "a gene or the control label",
+            "correct it; several control labels are joined by ; in `control_label`",
+        )
+    return {name: label for name, label in zip(names, labels, strict=True) if label is not None}
+
+
+def _no_control(where: str, raw: Iterable[object], source: ScreenSource, kind: str) -> InputError:
+    """Build the error for a control label that matches nothing."""
+    frequent = pd.Series(list(raw), dtype=object).value_counts().head(10)
+    listed = ", ".join(f"{label!r} ({n})" for label, n in frequent.items()) or "none at all"
+    wanted = repr(source.control_label) if source.control_label else "any of the usual control names"
+    return InputError(
+        where,
+        f"nothing that matches the control label {wanted}; most frequent {kind}: {listed}",
+        "control cells",
+        "set `control_label` in the dataset table to the one that means control",
+    )
+
+
+def _text_column(
+    obs: pd.DataFrame,
+    column: str,
+    source: ScreenSource,
+    setting: str,
+    default: str,
+    missing: str = "unknown",
+) -> np.ndarray:
+    """Return a column as text ``(cells,)``: ``default`` without a column, ``missing`` for empty values."""
+    if not column:
+        return np.full(len(obs), default, dtype=object)
+    values = require_column(obs, column, source.path, setting)
+    return values.astype(object).where(values.notna(), missing).astype(str).to_numpy(dtype=object)
+
+
+def _number_column(obs: pd.DataFrame, column: str, source: ScreenSource, setting: str) -> np.ndarray:
+    """Return a column as float64 ``(cells,)``; a word in it is an error, an empty field NaN."""
+    values = require_column(obs, column, source.path, setting)
+    numbers = pd.to_numeric(values.astype(object), errors="coerce").to_numpy(dtype=np.float64)
+    words = values[np.isnan(numbers) & values.notna().to_numpy() & (values.astype(str) != "NA").to_numpy()]
+    if len(words):
+        raise InputError(
+            f"{source.path}, column {column!r}, cell {words.index[0]!r}",
+            repr(words.iloc[0]),
+            "a number",
+            f"correct the value, or name another column in `{setting}`",
+        )
+    return numbers
+
+
+def library_sizes(obs: pd.DataFrame, sums: np.ndarray, source: ScreenSource) -> np.ndarray:
+    """Return the UMIs of each cell over its transcriptome ``(cells,)``: a column, or the sums given."""
+    if not source.library_size_column:
+        return sums
+    column = source.library_size_column
+    sizes = _number_column(obs, column, source, "library_size_column")
+    wrong = np.flatnonzero(~(np.isfinite(sizes) & (sizes > 0)))
+    where = f"{source.path}, column {column!r}"
+    if len(wrong):
+        raise InputError(
+            f"{where}, cell {obs.index[wrong[0]]!r}",
+            f"{sizes[wrong[0]]} ({len(wrong)} such cells)",
+            "a positive number of UMIs",
+            "correct the column, or leave `library_size_column` empty",
+        )
+    # A column of log counts or of gene numbers would pass every other check.
+    if np.mean(sums > sizes * 1.001) > 0.5:
+        raise InputError(
+            where,
+            f"values below the counts in the matrix (median {np.median(sizes):.4g}, "
+            f"of the matrix {np.median(sums):.4g})",
+            "UMIs over the whole transcriptome, at least the sum over the genes in the file",
+            "name the column with total UMI counts in `library_size_column`, or leave it empty",
+        )
+    return sizes
+
+
+def mitochondrial_percent(screen: ad.AnnData, sums: np.ndarray, source: ScreenSource) -> np.ndarray:
+    """Return the mitochondrial share of each cell in percent ``(cells,)``, NaN where unknown."""
+    if source.mito_column:
+        values = _number_column(screen.obs, source.mito_column, source, "mito_column")
+        known = values[np.isfinite(values)]
+        # Shares above 1 can only be percent, and a screen without one cell above 1 % does not exist.
+        return values * 100 if known.size and known.max() <= 1 else values
+    mito = np.flatnonzero(screen.var_names.str.upper().str.startswith("MT-"))
+    if not len(mito):
+        return np.full(screen.n_obs, np.nan)
+    part = np.asarray(screen.X[:, mito].sum(axis=1), dtype=np.float64).ravel()
+    return np.divide(100 * part, sums, out=np.zeros_like(part), where=sums > 0)

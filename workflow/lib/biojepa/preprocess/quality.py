@@ -1,0 +1,290 @@
+"""Which cells and genes stay, and why the others went: one row of qc.tsv per filter.
+
+No filter here looks at what a perturbation did to its cells: weak guides and cells that did not
+respond are only flagged, so that the truth of a held-out perturbation is never edited.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from scipy.stats import median_abs_deviation
+
+from biojepa.contracts import BATCH, CONTROL, LIBRARY_SIZE, PERTURBATION, QC_COLUMNS
+from biojepa.errors import InputError
+from biojepa.guides import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES
+from biojepa.labels import genes_of
+from biojepa.preprocess.annotate import N_GENES, PCT_MITO, STATUS, CellTable
+from biojepa.preprocess.settings import PreprocessSettings
+
+log = logging.getLogger(__name__)
+
+DOUBLET_SCORE = "doublet_score"
+OFF = "off"
+# Scrublet needs neighbourhoods; below this a batch is left alone.
+MIN_CELLS_FOR_DOUBLETS = 100
+# Most variable genes in which doublets are looked for.
+DOUBLET_GENES = 2_000
+
+
+class Funnel:
+    """Cells that are left and one row per filter.
+
+    Parameters
+    ----------
+    n_cells
+        Cells at the start.
+    """
+
+    def __init__(self, n_cells: int) -> None:
+        self.keep = np.ones(n_cells, dtype=bool)
+        self.rows: list[dict[str, object]] = []
+
+    def drop(self, name: str, threshold: object, bad: np.ndarray, note: str = "") -> None:
+        """Drop cells for which ``bad`` ``(cells,)`` holds; each counts for the first filter only."""
+        before = int(self.keep.sum())
+        self.keep &= ~bad
+        after = int(self.keep.sum())
+        row = (name, str(threshold), before, before - after, after, note)
+        self.rows.append(dict(zip(QC_COLUMNS, row, strict=True)))
+        log.info("%s (%s): %d cells removed, %d left. %s", name, threshold, before - after, after, note)
+
+    def skip(self, name: str, note: str = "") -> None:
+        """Record a filter that did not apply."""
+        self.drop(name, OFF, np.zeros(self.keep.size, dtype=bool), note)
+
+    def table(self) -> pd.DataFrame:
+        """Return the rows of qc.tsv."""
+        return pd.DataFrame(self.rows, columns=list(QC_COLUMNS))
+
+
+def filter_cells(
+    counts: sparse.csr_matrix, cells: CellTable, settings: PreprocessSettings, where: str
+) -> Funnel:
+    """Apply the filters of cells in order.
+
+    Parameters
+    ----------
+    counts
+        Raw counts ``(cells, genes)``.
+    cells
+        What is known about the cells; ``doublet_score`` is added where it is computed.
+    settings
+        Thresholds.
+    where
+        Name of the screen, for messages.
+
+    Raises
+    ------
+    InputError
+        When too few cells are left of the control or of every perturbation.
+    """
+    obs = cells.obs
+    funnel = Funnel(len(obs))
+    status = obs[STATUS].to_numpy()
+    calls = settings.guide_assignment
+    by_guide = cells.missing_filter == NO_GUIDE
+    missing = (status == NO_GUIDE) | ((status == ASSIGNED) & obs[PERTURBATION].isna().to_numpy())
+    rule = f"{calls.method}, ≥ {calls.min_umis} UMIs" if by_guide else "has a label"
+    funnel.drop(cells.missing_filter, rule, missing, cells.notes.get(cells.missing_filter, ""))
+    if by_guide:
+        rule = f"share ≥ {calls.share:g}" if calls.method == "dominance" else f"≤ {calls.max_guides} guides"
+        funnel.drop(TOO_MANY_GUIDES, rule, status == TOO_MANY_GUIDES)
+
+    size, genes = obs[LIBRARY_SIZE].to_numpy(), obs[N_GENES].to_numpy()
+    mito = obs[PCT_MITO].to_numpy()
+    funnel.drop("min_counts", f"≥ {settings.min_counts} UMIs", size < settings.min_counts)
+    funnel.drop("min_genes", f"≥ {settings.min_genes} genes", genes < settings.min_genes)
+    no_mito = "mitochondrial share unknown: no mito_column and no MT- genes" if np.isnan(mito).all() else ""
+    if no_mito or settings.max_pct_mito is None:
+        funnel.skip("max_pct_mito", no_mito)
+    else:
+        funnel.drop("max_pct_mito", f"≤ {settings.max_pct_mito:g} %", mito > settings.max_pct_mito)
+    _filter_by_mad(funnel, obs, settings.mad_threshold, no_mito)
+    _filter_doublets(funnel, counts, obs, settings)
+    _filter_small_perturbations(funnel, obs[PERTURBATION], settings.min_cells_per_perturbation, where)
+    return funnel
+
+
+def _filter_by_mad(funnel: Funnel, obs: pd.DataFrame, threshold: float | None, no_mito: str) -> None:
+    """Drop outliers of their batch in library size, genes and mitochondrial share."""
+    values = {
+        "mad_counts": (np.log1p(obs[LIBRARY_SIZE].to_numpy()), "both"),
+        "mad_genes": (np.log1p(obs[N_GENES].to_numpy()), "both"),
+        "mad_mito": (obs[PCT_MITO].to_numpy(), "upper"),
+    }
+    batches = obs[BATCH].to_numpy()
+    # All three limits are taken from the same cells, so that their order does not matter.
+    outliers = {
+        name: np.zeros(len(obs), dtype=bool)
+        if threshold is None
+        else mad_outliers(value, batches, threshold, side, funnel.keep)
+        for name, (value, side) in values.items()
+    }
+    for name, (_, side) in values.items():
+        if threshold is None or (name == "mad_mito" and no_mito):
+            funnel.skip(name, no_mito if name == "mad_mito" else "")
+        else:
+            rule = f"{'≤' if side == 'upper' else 'within'} {threshold:g} MAD of the batch median"
+            funnel.drop(name, rule, outliers[name])
+
+
+def mad_outliers(
+    values: np.ndarray,
+    batches: np.ndarray,
+    threshold: float,
+    side: str = "both",
+    among: np.ndarray | None = None,
+) -> np.ndarray:
+    """Tell which cells ``(cells,)`` lie outside median ± threshold × MAD of their batch.
+
+    The MAD is not scaled to a standard deviation: 5 MAD are 3.4 standard deviations of a normal
+    distribution. Where more than half of a batch has the same value, the MAD is 0 and says nothing;
+    no cell is an outlier then. NaN is never an outlier. ``among`` restricts the cells that set the
+    limits.
+    """
+    among = np.ones(values.size, dtype=bool) if among is None else among
+    outlier = np.zeros(values.size, dtype=bool)
+    for batch in pd.unique(batches):
+        here = batches == batch
+        basis = values[here & among & np.isfinite(values)]
+        if not basis.size:
+            continue
+        median, spread = np.median(basis), median_abs_deviation(basis)
+        if spread == 0:
+            continue
+        outlier |= here & (values > median + threshold * spread)
+        if side == "both":
+            outlier |= here & (values < median - threshold * spread)
+    return outlier
+
+
+def _filter_doublets(
+    funnel: Funnel, counts: sparse.csr_matrix, obs: pd.DataFrame, settings: PreprocessSettings
+) -> None:
+    """Drop doublets by Scrublet, each batch on its own, because doublets form within one."""
+    if settings.doublets == "none":
+        funnel.skip("doublets")
+        return
+    score = np.full(len(obs), np.nan)
+    doublet = np.zeros(len(obs), dtype=bool)
+    notes = []
+    for batch in pd.unique(obs[BATCH]):
+        rows = np.flatnonzero((obs[BATCH] == batch).to_numpy() & funnel.keep)
+        if len(rows) < MIN_CELLS_FOR_DOUBLETS:
+            notes.append(f"batch {batch} left alone ({len(rows)} cells)")
+            continue
+        score[rows], called = scrublet_scores(counts[rows], settings.doublet_threshold, settings.seed)
+        if called is None:
+            notes.append(f"no threshold found in batch {batch}")
+        else:
+            doublet[rows] = called
+    obs[DOUBLET_SCORE] = score
+    limit = settings.doublet_threshold
+    rule = "scrublet, automatic" if limit is None else f"scrublet ≤ {limit:g}"
+    funnel.drop("doublets", rule, doublet, "; ".join(notes))
+
+
+def scrublet_scores(
+    counts: sparse.csr_matrix, threshold: float | None, seed: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Score how much each cell looks like two (Scrublet, Wolock et al. 2019, as in scanpy).
+
+    Parameters
+    ----------
+    counts
+        Raw counts of one batch ``(cells, genes)``.
+    threshold
+        Score above which a cell is called; None lets Scrublet choose.
+    seed
+        Seed of the simulated doublets.
+
+    Returns
+    -------
+    tuple of numpy.ndarray
+        Scores ``(cells,)``, and calls ``(cells,)`` or None when no threshold was found.
+    """
+    import scanpy as sc  # imported here because it costs 2 s that other runs need not pay
+
+    cells = ad.AnnData(
+        X=counts[:, np.flatnonzero(np.bincount(counts.indices, minlength=counts.shape[1]) >= 3)]
+    )
+    if cells.n_vars > DOUBLET_GENES:
+        logged = sc.pp.log1p(sc.pp.normalize_total(cells, copy=True), copy=True)
+        sc.pp.highly_variable_genes(logged, n_top_genes=DOUBLET_GENES)
+        cells = cells[:, logged.var["highly_variable"].to_numpy()].copy()
+    # Scanpy's own way from counts keeps so few genes of a panel that its PCA fails.
+    doublets = sc.pp.scrublet_simulate_doublets(cells, random_seed=seed)
+    for part in (cells, doublets):
+        sc.pp.normalize_total(part, target_sum=1e6)
+    sc.pp.scrublet(
+        cells,
+        adata_sim=doublets,
+        n_prin_comps=min(30, cells.n_obs - 1, cells.n_vars - 1),
+        # Exact neighbours: the same result on every machine.
+        use_approx_neighbors=False,
+        threshold=threshold,
+        random_state=seed,
+        verbose=False,
+    )
+    called = cells.obs["predicted_doublet"].to_numpy(dtype=bool) if "predicted_doublet" in cells.obs else None
+    return cells.obs[DOUBLET_SCORE].to_numpy(), called
+
+
+def _filter_small_perturbations(funnel: Funnel, labels: pd.Series, min_cells: int, where: str) -> None:
+    """Drop perturbations with too few cells; stop when the control or all others are among them."""
+    counts = labels[funnel.keep].value_counts()
+    n_control = int(counts.get(CONTROL, 0))
+    others = counts.drop(CONTROL, errors="ignore")
+    small = sorted(str(label) for label in others[others < min_cells].index)
+    key = "preprocess.min_cells_per_perturbation"
+    if n_control < min_cells:
+        raise InputError(
+            where,
+            f"{n_control} control cells after the filters",
+            f"at least {min_cells} ({key})",
+            f"loosen the filters above, correct `control_label`, or lower {key}",
+        )
+    if len(small) == len(others):
+        most = int(others.max()) if len(others) else 0
+        raise InputError(
+            where,
+            f"at most {most} cells for each of {len(others)} perturbations after the filters",
+            f"at least {min_cells} cells ({key}) for some of them",
+            f"lower {key}, loosen the filters, or check `perturbation_column`",
+        )
+    # Single perturbations first: those are missed, while combinations by accident are not.
+    small.sort(key=lambda label: (len(genes_of(label)), label))
+    n_combinations = sum(len(genes_of(label)) > 1 for label in small)
+    shown = ", ".join(f"{label} ({others[label]})" for label in small[:10])
+    more = f", and {len(small) - 10} more" if len(small) > 10 else ""
+    note = f"{len(small)} perturbations, {n_combinations} of them combinations: {shown}{more}"
+    note = note if small else "no perturbation lost"
+    funnel.drop("min_cells_per_perturbation", f"≥ {min_cells} cells", labels.isin(small).to_numpy(), note)
+
+
+def filter_genes(counts: sparse.csr_matrix, min_cells: int, funnel: Funnel, where: str) -> np.ndarray:
+    """Return which genes ``(genes,)`` are detected in enough of ``counts`` ``(cells left, genes)``.
+
+    Raises
+    ------
+    InputError
+        When no gene is.
+    """
+    detected = np.bincount(counts.indices, minlength=counts.shape[1])
+    keep = detected >= min_cells
+    if not keep.any():
+        raise InputError(
+            where,
+            f"no gene detected in {min_cells} cells or more",
+            "genes that are expressed",
+            "lower preprocess.min_cells_per_gene, or check that the matrix holds counts of genes",
+        )
+    note = f"genes: {keep.size} before, {int((~keep).sum())} removed, {int(keep.sum())} after"
+    funnel.skip("min_cells_per_gene", note)
+    funnel.rows[-1]["threshold"] = f"≥ {min_cells} cells"
+    return keep

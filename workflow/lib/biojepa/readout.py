@@ -1,0 +1,123 @@
+"""Read expression out of embeddings, and decide how much of a latent prediction to believe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Linear map from flattened, standardized tokens to log-expression.
+
+    Attributes
+    ----------
+    weight
+        (T·D, genes)
+    bias
+        (genes,)
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Read log-expression (B, genes) out of tokens (B, T, D). Means in, means out: it is linear."""
+        return tokens.flatten(1) @ self.weight + self.bias
+
+    def change(self, tokens: Tensor) -> Tensor:
+        """Read a change of log-expression (B, genes) out of a change of tokens (B, T, D)."""
+        return tokens.flatten(1) @ self.weight
+
+
+def fit_readout(
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    check_tokens: Tensor,
+    check_expression: Tensor,
+    penalties: Iterable[float] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+) -> tuple[Readout, float]:
+    """Fit the readout by ridge on training cells.
+
+    Parameters
+    ----------
+    batches
+        Yields (tokens (B, T, D), log-expression (B, genes)) of training cells.
+    check_tokens, check_expression
+        Means of *validation* perturbations (V, T, D) and (V, genes), which choose the penalty.
+    penalties
+        Candidates, relative to the mean variance of the tokens times cells.
+
+    Returns
+    -------
+    The readout, and the chosen penalty.
+    """
+    gram = cross = token_sum = expression_sum = None
+    n = 0
+    for tokens, expression in batches():
+        z, x = tokens.flatten(1).double(), expression.double()
+        parts = (z.T @ z, z.T @ x, z.sum(dim=0), x.sum(dim=0))
+        if gram is None:
+            gram, cross, token_sum, expression_sum = parts
+        else:
+            gram, cross = gram + parts[0], cross + parts[1]
+            token_sum, expression_sum = token_sum + parts[2], expression_sum + parts[3]
+        n += len(z)
+    token_mean, expression_mean = token_sum / n, expression_sum / n
+    gram = gram - n * torch.outer(token_mean, token_mean)
+    cross = cross - n * torch.outer(token_mean, expression_mean)
+    unit = gram.diagonal().mean()
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    best = None
+    for penalty in penalties:
+        weight = torch.linalg.solve(gram + penalty * unit * identity, cross)
+        readout = Readout(weight.float(), (expression_mean - token_mean @ weight).float())
+        error = (
+            float((readout(check_tokens) - check_expression).square().mean()) if len(check_tokens) else penalty
+        )
+        if best is None or error < best[0]:
+            best = (error, readout, penalty)
+    return best[1], best[2]
+
+
+def gate(addition: np.ndarray, residual: np.ndarray) -> tuple[float, float]:
+    """Decide how much of the latent prediction to add to the linear branch.
+
+    The least-squares coefficient of ``residual`` on ``addition``, shrunken by 1 - 1/t² (the positive-part
+    James-Stein factor) with t from the spread over perturbations: it is 0 where the gain could be chance.
+
+    Parameters
+    ----------
+    addition, residual
+        (V, genes): what the latent predictor would add to, and what the linear branch leaves
+        unexplained of, Δ of each *validation* perturbation.
+
+    Returns
+    -------
+    gate
+        Between 0 and 1; 0 with fewer than three validation perturbations.
+    t
+        The t statistic behind it.
+    """
+    energy = (addition**2).sum(axis=1)
+    if len(addition) < 3 or energy.sum() <= 1e-12:
+        return 0.0, 0.0
+    coefficient = (addition * residual).sum() / energy.sum()
+    # Sandwich variance with perturbations as units: genes of one perturbation are not independent.
+    score = ((residual - coefficient * addition) * addition).sum(axis=1)
+    n = len(addition)
+    error = np.sqrt((score**2).sum() * n / (n - 1)) / energy.sum()
+    t = float(coefficient / max(error, 1e-12))
+    return (float(np.clip(coefficient * max(0.0, 1 - 1 / t**2), 0, 1)), t) if t > 0 else (0.0, t)
+
+
+def calibrate_scale(prediction: np.ndarray, observed: np.ndarray) -> float:
+    """Return the factor, 0 to 2, that best scales predicted Δ to observed Δ of validation perturbations.
+
+    1 when there is no validation perturbation.
+    """
+    energy = (prediction**2).sum()
+    return float(np.clip((prediction * observed).sum() / energy, 0, 2)) if energy > 1e-12 else 1.0

@@ -1,0 +1,251 @@
+"""Figures of the screen: cells lost, cells per perturbation, on-target and overall effects."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from biojepa import contracts
+from biojepa.report.figures import Caption, Figure, escape, line, numbers
+from biojepa.report.inputs import ReportInputs
+from biojepa.report.tables import format_count, format_percent
+
+
+def quality_figures(inputs: ReportInputs) -> list[Figure]:
+    """Draw the cells lost per filter, cells per perturbation, on-target effects and effect sizes."""
+    figures = [_funnel_figure(inputs.qc)]
+    table = inputs.perturbations
+    if len(table):
+        figures += [_cells_figure(inputs), _on_target_figure(table), _effect_figure(table)]
+    return [figure for figure in figures if figure is not None]
+
+
+def _funnel_figure(qc: pd.DataFrame) -> Figure | None:
+    rows = qc.dropna(subset=["cells_after"])
+    if rows.empty:
+        return None
+    names = ["read", *rows["filter"].astype(str)]
+    after = [rows["cells_before"].iloc[0], *rows["cells_after"]]
+    removed = [0, *rows["cells_removed"]]
+    labels = [escape(name.replace("_", " ")) for name in names]
+    spec = {
+        "data": [
+            {
+                "type": "bar",
+                "orientation": "h",
+                "x": numbers(after, 9),
+                "y": labels,
+                "name": "kept",
+                "marker": {"color": "@baseline"},
+                "customdata": [format_count(value) for value in removed],
+                "text": [format_count(value) for value in after],
+                "textposition": "inside",
+                "insidetextanchor": "start",
+                "textfont": {"color": "@onbar"},
+                "hovertemplate": "<b>%{y}</b><br>%{x:,} cells kept, %{customdata} removed<extra></extra>",
+            },
+            {
+                "type": "bar",
+                "orientation": "h",
+                "x": numbers(removed, 9),
+                "y": labels,
+                "name": "removed by this filter",
+                "marker": {"color": "@main"},
+                "hovertemplate": "<b>%{y}</b><br>%{x:,} cells removed<extra></extra>",
+            },
+        ],
+        "layout": {
+            "barmode": "stack",
+            "bargap": 0.25,
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
+            "xaxis": {"title": {"text": "cells"}},
+            "yaxis": {"type": "category", "autorange": "reversed", "automargin": True, "showgrid": False},
+        },
+    }
+    kept, total = float(after[-1]), float(after[0])
+    caption = Caption(
+        title="Cells lost to each filter",
+        shows="Cells left after each filter, in the order of application, and the cells it removed.",
+        read="One long orange bar is the filter to question first.",
+        n=f"{format_count(kept)} of {format_count(total)} cells kept"
+        + (f" ({format_percent(kept / total)})" if total else ""),
+        thresholds="; ".join(
+            f"{row['filter'].replace('_', ' ')} {row['threshold']}"
+            for _, row in rows.iterrows()
+            if not pd.isna(row["threshold"]) and str(row["threshold"]) not in ("", "nan")
+        )
+        or "see the table below",
+        misleads="A cell is counted at the first filter that removes it, so the order decides which filter "
+        "gets the blame.",
+    )
+    return Figure("funnel", {"": spec}, caption, height=110 + 30 * len(names))
+
+
+def _test_sets(inputs: ReportInputs) -> set[str]:
+    return set(inputs.metrics["perturbation"]) - {contracts.WHOLE_MODEL}
+
+
+def _cells_figure(inputs: ReportInputs) -> Figure:
+    table = inputs.perturbations.sort_values(
+        ["n_cells", "perturbation"], ascending=[False, True], kind="stable"
+    )
+    control = table["perturbation"] == contracts.CONTROL
+    table = table[~control]
+    tested = table["perturbation"].isin(_test_sets(inputs))
+    position = np.arange(1, len(table) + 1)
+    traces = []
+    for chosen, name, color in (
+        (tested, "held out in some fold", "@main"),
+        (~tested, "never scored", "@negative"),
+    ):
+        traces.append(
+            {
+                "type": "bar",
+                "name": name,
+                "x": position[chosen.to_numpy()].tolist(),
+                "y": numbers(table.loc[chosen, "n_cells"], 9),
+                "marker": {"color": color},
+                "customdata": [escape(p) for p in table.loc[chosen, "perturbation"]],
+                "hovertemplate": "<b>%{customdata}</b><br>%{y:,} cells<extra></extra>",
+            }
+        )
+    median = float(table["n_cells"].median()) if len(table) else 0.0
+    caption = Caption(
+        title="Cells per perturbation",
+        shows="Every perturbation that passed quality control, most cells first; control is left out.",
+        read="Few cells mean a noisy truth: the duplicate, and with it every score, is limited there.",
+        n=f"{format_count(len(table))} perturbations, median {format_count(median)} cells (dotted)",
+        thresholds="the filter for the minimal number of cells is in the table of filters",
+        misleads="Perturbations that kill cells have few of them: the count is itself a result.",
+    )
+    layout = {
+        "bargap": 0.1,
+        "barmode": "overlay",
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "xaxis": {"title": {"text": "perturbation, by number of cells"}, "showgrid": False},
+        "yaxis": {"title": {"text": "cells"}, "rangemode": "tozero"},
+        "shapes": [line(median, "y")],
+    }
+    return Figure(
+        "cells", {"": {"data": [t for t in traces if t["x"]], "layout": layout}}, caption, height=320
+    )
+
+
+def split_values(value: Any) -> list[float]:
+    """Return the numbers of a cell such as ``-1.2;-0.4``, one per perturbed gene; missing ones as NaN."""
+    parts = [value] if isinstance(value, int | float) else str(value).split(";")
+    found = []
+    for part in parts:
+        try:
+            found.append(float(part))
+        except ValueError:
+            found.append(math.nan)
+    return found
+
+
+def on_target_points(table: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per perturbed and measured gene: ``perturbation, gene, log2fc, p``."""
+    rows = []
+    for _, row in table.iterrows():
+        genes = str(row["perturbation"]).split(contracts.GENE_SEPARATOR)
+        changes, ps = split_values(row["on_target_log2fc"]), split_values(row["on_target_p"])
+        ps += [math.nan] * (len(changes) - len(ps))
+        names = genes if len(genes) == len(changes) else [str(row["perturbation"])] * len(changes)
+        rows += [
+            {"perturbation": row["perturbation"], "gene": gene, "log2fc": change, "p": p}
+            for gene, change, p in zip(names, changes, ps, strict=False)
+            if not math.isnan(change)
+        ]
+    return pd.DataFrame(rows, columns=["perturbation", "gene", "log2fc", "p"])
+
+
+def _on_target_figure(table: pd.DataFrame) -> Figure | None:
+    points = on_target_points(table)
+    if points.empty:
+        return None
+    smallest = 1e-50
+    height = [-math.log10(max(p, smallest)) if not math.isnan(p) else 0.0 for p in points["p"]]
+    threshold = 0.05
+    clear = (points["p"] < threshold) & (points["log2fc"].abs() >= 0.25)
+    data = []
+    for chosen, name, color in ((clear, "moved", "@main"), (~clear, "not clearly moved", "@negative")):
+        keep = chosen.to_numpy()
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": name,
+                "x": numbers(points.loc[keep, "log2fc"], 4),
+                "y": numbers(np.asarray(height)[keep], 4),
+                "marker": {"color": color, "size": 8, "opacity": 0.8,
+                           "symbol": "circle" if color == "@main" else "circle-open"},
+                "customdata": [
+                    [escape(p), escape(g)]
+                    for p, g in zip(points.loc[keep, "perturbation"], points.loc[keep, "gene"], strict=True)
+                ],
+                "hovertemplate": "<b>%{customdata[1]}</b> in %{customdata[0]}<br>log2 fold change %{x:.2f}"
+                "<br>−log10 p %{y:.1f}<extra></extra>",
+            }
+        )  # fmt: skip
+    down = float((points["log2fc"] < 0).mean())
+    caption = Caption(
+        title="On-target effect",
+        shows="Change of the perturbed gene itself against control cells, for genes that were measured.",
+        read="Knock-down lies to the left, activation to the right. A guide near 0 may not work.",
+        n=f"{format_count(len(points))} measured targets, {format_percent(down)} of them down",
+        thresholds=f"moved: p < {threshold:g} (rank test, not corrected) and |log2 fold change| ≥ 0.25",
+        misleads="A knock-out can leave the transcript untouched and still remove the protein. p depends on "
+        "the number of cells. Genes outside the measured panel are not shown.",
+    )
+    layout = {
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "xaxis": {"title": {"text": "log2 fold change of the target"}},
+        "yaxis": {"title": {"text": "−log10 p"}, "rangemode": "tozero"},
+        "shapes": [line(0, "x"), line(-math.log10(threshold), "y")],
+    }
+    return Figure("on-target", {"": {"data": data, "layout": layout}}, caption, height=360)
+
+
+def _effect_figure(table: pd.DataFrame) -> Figure | None:
+    rows = table[table["perturbation"] != contracts.CONTROL].dropna(subset=["effect_size", "n_cells"])
+    if rows.empty:
+        return None
+    clear = (rows["effect_q"] < 0.05).to_numpy()
+    data = []
+    for chosen, name, color, symbol in (
+        (clear, "q < 0.05", "@main", "circle"),
+        (~clear, "no detectable effect", "@negative", "circle-open"),
+    ):
+        part = rows[chosen]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": name,
+                "x": numbers(part["n_cells"], 9),
+                "y": numbers(part["effect_size"], 4),
+                "marker": {"color": color, "symbol": symbol, "size": 8, "opacity": 0.8},
+                "customdata": [[escape(p), format_count(d)] for p, d in
+                               zip(part["perturbation"], part["n_deg"], strict=True)],
+                "hovertemplate": "<b>%{customdata[0]}</b><br>%{x:,} cells, effect %{y:.3f}<br>"
+                "%{customdata[1]} significant genes<extra></extra>",
+            }
+        )  # fmt: skip
+    caption = Caption(
+        title="Size of the effect",
+        shows="Energy distance (unbiased) between the cells of a perturbation and control cells.",
+        read="Open circles could not be told from control; no model can be asked to predict them.",
+        n=f"{format_count(clear.sum())} of {format_count(len(rows))} have a detectable effect",
+        thresholds="q < 0.05, permutation test, Benjamini–Hochberg over perturbations",
+        misleads="More cells make a smaller effect detectable. This describes the whole screen, held-out "
+        "cells included; nothing in it is used in training.",
+    )
+    layout = {
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "xaxis": {"title": {"text": "cells"}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": "effect size"}},
+    }
+    return Figure("effects", {"": {"data": data, "layout": layout}}, caption, height=360)

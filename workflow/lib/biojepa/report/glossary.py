@@ -1,0 +1,249 @@
+"""What models, metrics and categories are called in a report, and how a reader should take them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+
+from biojepa import contracts
+from biojepa.evaluation.metrics import METRICS, PATHWAY_CORRELATION
+from biojepa.models import LATENT_MODELS
+
+HEADLINE, COMBINATION, SECONDARY = "headline", "combination", "secondary"
+REPRESENTATION, LEGACY = "representation", "legacy"
+
+MAIN, ABLATION, BASELINE, NEGATIVE, POSITIVE, OTHER = (
+    "main",
+    "ablation",
+    "baseline",
+    "negative",
+    "positive",
+    "other",
+)
+GROUP_TITLES = {
+    POSITIVE: "Positive controls (how well this can be measured)",
+    MAIN: "The model",
+    OTHER: "Other models",
+    ABLATION: "Ablations (the same pipeline with a part replaced)",
+    BASELINE: "Simple baselines",
+    NEGATIVE: "Negative controls (what knowing nothing scores)",
+}
+UNSEEN_CATEGORIES = ("single",)
+
+
+@dataclass(frozen=True)
+class MetricText:
+    """How a metric is shown: its name, its best direction, how to read it and where it misleads.
+
+    ``best`` is ``max``, ``min`` or the value that is right, such as 1 for a slope; ``null`` is the value
+    of a model that knows nothing, or None where the definition fixes no such value.
+    """
+
+    name: str
+    label: str
+    best: str | float
+    role: str
+    read: str
+    formula: str = ""
+    null: float | None = None
+
+    @property
+    def arrow(self) -> str:
+        """Return the sign that a table shows beside the name."""
+        if isinstance(self.best, str):
+            return {"max": "↑", "min": "↓"}[self.best]
+        return f"→ {self.best:g}"
+
+    @property
+    def direction(self) -> str:
+        """Say the best direction in words."""
+        if isinstance(self.best, str):
+            return {"max": "higher is better", "min": "lower is better"}[self.best]
+        return f"nearest to {self.best:g} is best"
+
+    def loss(self, value: float) -> float:
+        """Return a sort key that is smaller for a better value; a missing value comes last."""
+        if pd.isna(value):
+            return math.inf
+        if isinstance(self.best, str):
+            return -value if self.best == "max" else value
+        return abs(value - self.best)
+
+
+# Label, how to read it, and the value of a model that knows nothing, in the order of the page.
+_READ: dict[str, tuple[str, str, float | None]] = {
+    "pearson_delta_perturbed_mean": (
+        "Pearson Δ",
+        "correlation over genes of predicted and observed change, both relative to the mean of the "
+        "training perturbations, so that a constant guess scores 0",
+        0.0,
+    ),
+    "weighted_r2_delta": (
+        "Weighted R²",
+        "share of the change explained, genes weighted by how clearly they respond; the training mean "
+        "scores 0 and a misleading prediction is negative",
+        0.0,
+    ),
+    "rank_l2": (
+        "Rank, L2",
+        "share of the other held-out truths that lie farther from the prediction than its own truth "
+        "(1 best, 0.5 chance), Euclidean distance",
+        0.5,
+    ),
+    "rank_cosine": ("Rank, cosine", "the rank with the cosine distance, which ignores effect size", 0.5),
+    "effect_slope": (
+        "Effect slope",
+        "slope of predicted on observed effect size over perturbations; below 1 the model shrinks, and "
+        "noise keeps even a perfect model below 1, so compare with the duplicate",
+        None,
+    ),
+    "effect_cosine": (
+        "Effect cosine", "cosine of predicted and observed change: direction without size", 0.0,
+    ),
+    "additive_l2_difference": (
+        "L2 − additive L2",
+        "distance to the truth minus the distance of the additive model; below 0 beats adding the two "
+        "single effects",
+        0.0,
+    ),
+    "interaction_tpr": ("Interaction TPR", "share of true interactions found at 10 % false positives", None),
+    "direction_match": (
+        "Direction match", "share of significant genes that are predicted to move the right way", 0.5,
+    ),
+    "spearman_lfc": ("Spearman LFC", "rank correlation of log fold changes over significant genes", 0.0),
+    "pr_auc": ("PR-AUC", "how well the size of the predicted change ranks significant genes first", None),
+    "overlap_at_n": (
+        "Overlap at N", "share of the N significant genes among the N largest predicted changes", None,
+    ),
+    "pathway_correlation": (
+        "Pathway correlation",
+        "correlation over gene sets of predicted and observed enrichment scores (NES); the change that all "
+        "perturbations share counts, so compare with the training mean",
+        None,
+    ),
+    "spread_ratio": (
+        "Spread ratio",
+        "spread between predictions over spread between truths; near 0 the model says the same for "
+        "every perturbation",
+        None,
+    ),
+    "variance_ratio": ("Variance ratio", "predicted over observed variance between cells", None),
+    "energy_distance": ("Energy distance", "distance of predicted and observed cell distributions", None),
+    "coverage_50": ("Coverage, 50 %", "share of genes whose truth lies in the model's 50 % interval", None),
+    "coverage_80": ("Coverage, 80 %", "share of genes whose truth lies in the model's 80 % interval", None),
+    "coverage_95": ("Coverage, 95 %", "share of genes whose truth lies in the model's 95 % interval", None),
+    "crps": ("CRPS", "error of the predicted distribution, in units of log expression", None),
+    "pearson_delta_control": (
+        "Pearson Δ control",
+        "correlation of changes relative to control; the change that all perturbations share is enough "
+        "for a high value",
+        None,
+    ),
+    "pearson_delta_control_top20": ("… top 20 genes", "the same over the 20 genes that change most", None),
+    "l2_top1000": ("L2, top 1000", "distance over the 1,000 most expressed genes", None),
+    "mse": ("MSE", "mean squared error over genes", None),
+}  # fmt: skip
+METRIC_ORDER = tuple(_READ)
+PRIMARY_METRIC = METRIC_ORDER[0]
+# Names that the tables may hold and that are scored outside the registry.
+_BEST_ELSEWHERE: dict[str, str | float] = {
+    "energy_distance": "min",
+    "variance_ratio": 1.0,
+    "batch_probe": "min",
+    "depth_probe": "min",
+}
+_COMBINATION = ("interaction_tpr",)
+
+
+def metric_text(name: str) -> MetricText:
+    """Return how a metric is shown; one that is not known here is shown under its own name.
+
+    Direction, role and formula are those of the registry of the evaluation.
+    """
+    label, read, null = _READ.get(name, (name, "a metric added by the user", None))
+    registered = PATHWAY_CORRELATION if name == PATHWAY_CORRELATION.name else METRICS.get(name)
+    if registered is None:
+        role = COMBINATION if name in _COMBINATION else SECONDARY
+        return MetricText(name, label, _BEST_ELSEWHERE.get(name, "max"), role, read, "", null)
+    if name not in _READ:
+        label, read = name.replace("_", " "), registered.description
+    return MetricText(name, label, registered.best, registered.role, read, registered.formula, null)
+
+
+_MODELS = {
+    "biojepa": ("BioJEPA", "the default configuration"),
+    "no_change": ("No change", "control expression: the perturbation does nothing"),
+    "mean": ("Training mean", "the mean of the training perturbations, whatever the perturbation"),
+    "target_only": ("Target gene only", "control expression with the perturbed gene itself moved"),
+    "additive": ("Additive", "sum of the single effects, where they were trained"),
+    "matching_mean": ("Matching mean", "mean of the training perturbations that share a gene"),
+    "linear": ("Linear (gene PCs)", "bilinear model on gene principal components, Ahlmann-Eltze et al. 2025"),
+    "multihot": ("Multi-hot ridge", "ridge regression on which genes are perturbed"),
+    "ridge": ("Prior ridge", "ridge regression on the prior codes of the perturbed genes"),
+    "kernel_ridge": ("Kernel ridge", "kernel ridge regression on the prior codes"),
+    "knn": ("Nearest neighbours", "mean of the training perturbations nearest in the prior codes"),
+    "mlp": ("Additive MLP", "small network on means per perturbation"),
+    "biojepa_predictor": ("Predictor alone", "the latent predictor alone"),
+    "biojepa_predictor_noprior": ("Predictor, no priors", "latent predictor without side information"),
+    "biojepa_predictor_shuffled": (
+        "Predictor, shuffled priors",
+        "latent predictor, priors on the wrong genes",
+    ),
+    "pca_predictor": ("PCA + predictor", "principal components in place of the encoder"),
+    "untrained_predictor": ("Untrained + predictor", "the encoder at its random start"),
+    "biojepa_flat": ("BioJEPA, flat loss", "regularizer over flattened tokens"),
+    "biojepa_ridge": ("BioJEPA + ridge", "trained encoder with a ridge in place of the predictor"),
+    "biojepa_knn": ("BioJEPA + neighbours", "trained encoder with neighbours in place of the predictor"),
+    "shuffled_labels": ("Shuffled labels", "trained on training labels in random order"),
+    "shuffled_priors": ("Shuffled priors", "prior codes dealt out to the wrong genes"),
+    "random_codes": ("Random codes", "random numbers in place of the prior codes"),
+    "duplicate": ("Technical duplicate", "half of the cells predicts the other half"),
+    "interpolated_duplicate": ("Interpolated duplicate", "duplicate, shrunk to the mean where noise rules"),
+    "oracle": ("Oracle embedding", "the true embedding through the readout: the ceiling of the readout"),
+    "oracle_pca": ("Oracle PCA", "the true principal components through the same readout"),
+}
+
+
+@dataclass(frozen=True)
+class ModelText:
+    """How a model is shown: name in the tables, label, group and one line of explanation."""
+
+    name: str
+    label: str
+    group: str
+    about: str
+
+
+def model_text(name: str, main_model: str = "biojepa") -> ModelText:
+    """Return how a model is shown; a user's own model keeps its name and joins the other models."""
+    label, about = _MODELS.get(name, (name, ""))
+    if name == main_model:
+        group = MAIN
+    elif name in contracts.POSITIVE_CONTROLS:
+        group = POSITIVE
+    elif name in contracts.NEGATIVE_CONTROLS:
+        group = NEGATIVE
+    elif name in contracts.LINEAR_BASELINES or name == "mlp":
+        group = BASELINE
+    elif name in LATENT_MODELS or name.startswith(("biojepa_", "pca_", "untrained_")):
+        group = ABLATION
+    else:
+        group = OTHER
+    return ModelText(name, label, group, about)
+
+
+CATEGORY_LABELS = {
+    contracts.ALL_CATEGORIES: "all held-out perturbations",
+    "combo_seen2": "combination, both genes trained as singles",
+    "combo_seen1": "combination, one gene trained as a single",
+    "combo_seen0": "combination, no gene trained as a single",
+    "single_in_combo": "single, its gene trained in a combination",
+    "single": "single, gene never perturbed in training",
+}
+
+
+def category_label(name: str) -> str:
+    """Return a category in words."""
+    return CATEGORY_LABELS.get(name, name)

@@ -1,0 +1,129 @@
+"""Compare datasets, splits and models on one page, with links to their reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from biojepa import contracts
+from biojepa.errors import InputError
+from biojepa.report.glossary import (
+    GROUP_TITLES,
+    HEADLINE,
+    METRIC_ORDER,
+    MetricText,
+    ModelText,
+    metric_text,
+    model_text,
+)
+from biojepa.report.inputs import require_columns
+from biojepa.report.page import OUTCOMES, environment
+from biojepa.report.tables import format_count, format_number, format_percent
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """One evaluated dataset and split: its summary table, its verdict and where its report lies.
+
+    ``href`` is relative to the index.
+    """
+
+    dataset: str
+    split: str
+    summary: pd.DataFrame
+    verdict: dict[str, Any]
+    href: str
+
+    def __post_init__(self) -> None:
+        require_columns(
+            self.summary, contracts.SUMMARY_COLUMNS, f"index, summary of {self.dataset}, split {self.split}"
+        )
+
+    def row(self, model: str, metric: str) -> dict[str, Any]:
+        """Return the pooled summary row of a model and metric, empty where it was not computed."""
+        rows = self.summary[
+            (self.summary["category"] == contracts.ALL_CATEGORIES)
+            & (self.summary["model"] == model)
+            & (self.summary["metric"] == metric)
+        ]
+        return {str(key): value for key, value in rows.iloc[0].items()} if len(rows) else {}
+
+
+def build_index(reports: list[IndexEntry], main_model: str = "biojepa") -> str:
+    """Return the index of all reports as HTML: verdicts first, then models by dataset for each metric.
+
+    Raises
+    ------
+    InputError
+        When there is no report to list.
+    """
+    if not reports:
+        raise InputError("index", "no report", "at least one dataset", "add a row to the table of datasets")
+    metrics = [
+        metric_text(name)
+        for name in METRIC_ORDER
+        if metric_text(name).role == HEADLINE and any((r.summary["metric"] == name).any() for r in reports)
+    ]
+    names = sorted({name for report in reports for name in report.summary["model"]})
+    groups = list(GROUP_TITLES)
+    models = sorted(
+        (model_text(name, main_model) for name in names), key=lambda m: (groups.index(m.group), m.name)
+    )
+    return environment().get_template("index.html.j2").render(
+        cards=[_card(report, metrics, main_model) for report in reports],
+        matrices=[_matrix(text, models, reports) for text in metrics],
+        reports=reports,
+        lead=model_text(main_model, main_model),
+    )  # fmt: skip
+
+
+def _card(report: IndexEntry, metrics: list[MetricText], main_model: str) -> dict[str, Any]:
+    """Return what the overview says about one report."""
+    tone, _ = OUTCOMES.get(str(report.verdict.get("outcome")), ("open", ""))
+    present = set(report.summary["model"])
+    lead = main_model if main_model in present else str(report.summary["model"].iloc[0])
+    scores = []
+    for text in metrics:
+        own = report.row(lead, text.name)
+        best = own.get("best_baseline")
+        best = None if best is None or pd.isna(best) or best == "" else str(best)
+        scores.append(
+            {
+                "metric": text,
+                "usable": report.verdict.get("usable", {}).get(text.name) is not False,
+                "model": format_number(own.get("mean")),
+                "gap": format_percent(own.get("gap_closed")),
+                "baseline": format_number(report.row(best, text.name).get("mean") if best else None),
+                "baseline_name": model_text(best).label if best else "",
+                "duplicate": format_number(report.row("duplicate", text.name).get("mean")),
+            }
+        )
+    n = report.summary.loc[report.summary["category"] == contracts.ALL_CATEGORIES, "n"].max()
+    return {
+        "report": report,
+        "tone": tone,
+        "lead": model_text(lead, main_model),
+        "sentence": report.verdict.get("sentence") or "No verdict was recorded.",
+        "n": format_count(n),
+        "scores": scores,
+    }
+
+
+def _matrix(text: MetricText, models: list[ModelText], reports: list[IndexEntry]) -> dict[str, Any]:
+    """Return one metric as models down and reports across, with the gap closed as a bar."""
+    rows = []
+    for model in models:
+        cells = []
+        for report in reports:
+            row = report.row(model.name, text.name)
+            gap = row.get("gap_closed")
+            bar = None if gap is None or pd.isna(gap) else round(min(max(100 * float(gap), 0), 100), 1)
+            interval = ""
+            if row and not pd.isna(row["ci_low"]):
+                interval = f"{format_number(row['ci_low'])} to {format_number(row['ci_high'])}"
+            cells.append({"value": format_number(row.get("mean")), "interval": interval, "bar": bar})
+        if any(cell["value"] != "–" for cell in cells):
+            rows.append((model, cells))
+    return {"metric": text, "rows": rows}

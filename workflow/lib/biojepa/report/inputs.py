@@ -1,0 +1,179 @@
+"""What a report is made of, checked when it is put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from biojepa import contracts
+from biojepa.errors import InputError
+from biojepa.report.glossary import HEADLINE, METRIC_ORDER, PRIMARY_METRIC, metric_text
+
+ENRICHMENT_COLUMNS = (
+    "model",
+    "fold",
+    "seed",
+    "perturbation",
+    "category",
+    "gene_set",
+    "nes_pred",
+    "nes_true",
+    "fdr_true",
+)
+NORM_COLUMNS = ("model", "perturbation", "observed", "predicted")
+UMAP_COLUMNS = ("cell", "umap_1", "umap_2", contracts.PERTURBATION, contracts.SET, contracts.BATCH)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Observed and predicted change of one held-out perturbation over its most telling genes.
+
+    Attributes
+    ----------
+    fold
+        Fold in which the perturbation was held out.
+    genes
+        Gene symbols, largest change first.
+    observed
+        Change of half B against the training perturbed mean, log1p units, one value per gene.
+    predicted
+        The same for each model.
+    """
+
+    fold: int
+    genes: list[str]
+    observed: list[float]
+    predicted: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """Everything that one report shows, for one dataset and split scheme.
+
+    Attributes
+    ----------
+    metrics, summary, enrichment
+        Tables of ``evaluate``; ``enrichment`` may be empty.
+    verdict
+        ``sentence``, ``details`` (``scope``, ``text``), ``usable`` and ``dynamic_range`` per metric.
+    splits
+        One ``split.json`` per fold.
+    qc, perturbations
+        Tables of ``preprocess``.
+    umap
+        ``cell, umap_1, umap_2, perturbation, set, batch`` and, where there are several, ``run``.
+    histories, train_metrics
+        Training curves and numbers by run, such as ``biojepa fold0 seed0``.
+    profiles
+        Predicted and observed change by perturbation, for the main models.
+    norms
+        Size of the change against the training perturbed mean, ``model, perturbation, observed,
+        predicted``, in log1p units.
+    provenance, settings
+        What made the numbers, shown as they are.
+    sentinels
+        Checks for leakage: ``check``, ``passed``, ``detail``.
+    downloads
+        Tables beside the report: ``label``, ``href`` (relative).
+
+    Raises
+    ------
+    InputError
+        When a table lacks a column, or the summary holds no pooled score.
+    """
+
+    dataset: str
+    split: str
+    metrics: pd.DataFrame
+    summary: pd.DataFrame
+    enrichment: pd.DataFrame
+    verdict: dict[str, Any]
+    splits: list[dict[str, Any]]
+    qc: pd.DataFrame
+    perturbations: pd.DataFrame
+    umap: pd.DataFrame | None = None
+    histories: dict[str, pd.DataFrame] = field(default_factory=dict)
+    train_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    profiles: dict[str, Profile] = field(default_factory=dict)
+    norms: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(NORM_COLUMNS)))
+    provenance: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    sentinels: list[dict[str, Any]] = field(default_factory=list)
+    downloads: list[dict[str, str]] = field(default_factory=list)
+    main_model: str = "biojepa"
+
+    def __post_init__(self) -> None:
+        required = {
+            "metrics": contracts.METRICS_COLUMNS,
+            "summary": contracts.SUMMARY_COLUMNS,
+            "enrichment": ENRICHMENT_COLUMNS,
+            "qc": contracts.QC_COLUMNS,
+            "perturbations": contracts.PERTURBATION_TABLE_COLUMNS,
+            "norms": NORM_COLUMNS,
+        }
+        if self.umap is not None:
+            required["umap"] = UMAP_COLUMNS
+        for name, columns in required.items():
+            require_columns(getattr(self, name), columns, f"report of {self.dataset}, table {name}")
+        if not (self.summary["category"] == contracts.ALL_CATEGORIES).any():
+            raise InputError(
+                f"report of {self.dataset}, table summary",
+                f"categories {sorted(self.summary['category'].unique())}",
+                f"rows of the pooled category '{contracts.ALL_CATEGORIES}'",
+                "rerun the rule evaluate",
+            )
+
+    @property
+    def pooled(self) -> pd.DataFrame:
+        """Return the summary rows over all held-out perturbations."""
+        return self.summary[self.summary["category"] == contracts.ALL_CATEGORIES]
+
+    @property
+    def models(self) -> list[str]:
+        """Return the models in the order of the summary."""
+        return list(dict.fromkeys(self.summary["model"]))
+
+    @property
+    def lead_model(self) -> str:
+        """Return the model that the report is about: the main model, or the first when it was not run."""
+        return self.main_model if self.main_model in self.models else self.models[0]
+
+    @property
+    def headline_metrics(self) -> list[str]:
+        """Return the headline metrics that were computed, in reading order."""
+        present = list(dict.fromkeys(self.summary["metric"]))
+        found = [name for name in present if metric_text(name).role == HEADLINE]
+        return sorted(found, key=lambda name: METRIC_ORDER.index(name) if name in METRIC_ORDER else 99)
+
+    def best_baseline(
+        self, metric: str = PRIMARY_METRIC, category: str = contracts.ALL_CATEGORIES
+    ) -> str | None:
+        """Return the best simple baseline of a metric and category, or None where there is none."""
+        rows = self.summary[(self.summary["metric"] == metric) & (self.summary["category"] == category)]
+        names = rows["best_baseline"].dropna()
+        names = names[names.astype(str) != ""]
+        return str(names.mode().iloc[0]) if len(names) else None
+
+    def usable(self, metric: str) -> bool:
+        """Tell whether the metric can tell a replicate from the training mean; True where nobody knows."""
+        return self.verdict.get("usable", {}).get(metric) is not False
+
+
+def require_columns(table: pd.DataFrame, columns: tuple[str, ...], where: str) -> None:
+    """Raise ``InputError`` when a table lacks columns.
+
+    Raises
+    ------
+    InputError
+        Naming the table, the missing columns and those present.
+    """
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise InputError(
+            where,
+            f"columns {', '.join(map(str, table.columns)) or 'none'}",
+            f"also {', '.join(missing)}",
+            "rerun the rule that writes this table, or add the columns to a table made elsewhere",
+        )

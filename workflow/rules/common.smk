@@ -1,0 +1,204 @@
+# Reads and checks the config and the table of datasets; getters named after what they answer.
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+LIBRARY = Path(workflow.current_basedir).parent / "lib"
+sys.path.insert(0, str(LIBRARY))
+
+from biojepa.config import ConfigError, load_config
+from biojepa.imports import code_digest
+from biojepa.models import ORACLES, REFERENCES, encoder_source, is_baseline, resolve_settings
+
+try:
+    CONFIG = load_config(config, Path(workflow.current_basedir).parent / "schemas")
+except ConfigError as error:
+    raise WorkflowError(str(error)) from None
+
+DATASETS = CONFIG.datasets
+SCHEMES = CONFIG.schemes
+STATIC = {model for model in CONFIG.models if is_baseline(model)} | set(REFERENCES)
+
+
+wildcard_constraints:
+    dataset="|".join(DATASETS),
+    split="|".join(SCHEMES),
+    fold=r"\d+",
+    seed=r"\d+",
+    model="|".join([*CONFIG.models, *REFERENCES, *ORACLES.values()]),
+
+
+def library(script):
+    """Digest of the library code behind a script, so that a changed module reruns its rules."""
+    return code_digest(LIBRARY.parent / "scripts" / f"{script}.py")
+
+
+def settings_of(stage):
+    """Getter of a stage's settings for the dataset of a job."""
+    return lambda wildcards: CONFIG.settings(wildcards.dataset, stage)
+
+
+def is_simulated(dataset):
+    return CONFIG.source(dataset).is_simulated
+
+
+def get_raw(wildcards):
+    """Files that the preprocess stage reads, from the download stage or the user's own."""
+    return CONFIG.source(wildcards.dataset).raw_inputs
+
+
+def raw_files_of_all():
+    return sorted({path for dataset in DATASETS for path in CONFIG.source(dataset).downloads})
+
+
+def get_networks(wildcards):
+    return CONFIG.source(wildcards.dataset).networks
+
+
+def get_gene_sets(wildcards):
+    return CONFIG.source(wildcards.dataset).gene_sets
+
+
+def get_pathways(wildcards):
+    return CONFIG.source(wildcards.dataset).pathways
+
+
+def get_folds(dataset):
+    return CONFIG.folds(dataset)
+
+
+def fold_folder(dataset, split, fold):
+    return f"results/{dataset}/{split}/fold{fold}"
+
+
+def folds_of_all(tail):
+    return [
+        f"{fold_folder(dataset, split, fold)}/{tail}"
+        for dataset in DATASETS
+        for split in SCHEMES
+        for fold in get_folds(dataset)
+    ]
+
+
+def trainable_models():
+    return [model for model in CONFIG.models if not is_baseline(model)]
+
+
+def baseline_models():
+    return [model for model in CONFIG.models if is_baseline(model)]
+
+
+def trained_models():
+    return [
+        path
+        for model in trainable_models()
+        for seed in CONFIG.seeds
+        for path in folds_of_all(f"{model}/seed{seed}/train/model.pt")
+    ]
+
+
+def get_encoder(wildcards):
+    """The model whose encoder this one reuses, if any."""
+    source = encoder_source(wildcards.model)
+    if source is None:
+        return []
+    folder = fold_folder(wildcards.dataset, wildcards.split, wildcards.fold)
+    return f"{folder}/{source}/seed{wildcards.seed}/train/model.pt"
+
+
+def get_train_settings(wildcards):
+    return resolve_settings(wildcards.model, CONFIG.settings(wildcards.dataset, "train"))
+
+
+def oracle_models():
+    """Trained models whose embedding is judged by its own readout."""
+    return [model for model in ORACLES if model in trainable_models()]
+
+
+def oracle_files(wildcards, models, tail):
+    folder = fold_folder(wildcards.dataset, wildcards.split, wildcards.fold)
+    return [f"{folder}/{model}/seed{wildcards.seed}/{tail}" for model in models]
+
+
+def train_gpus(wildcards):
+    """One GPU for a job that may use it, none for a job that must not."""
+    return 0 if CONFIG.settings(wildcards.dataset, "train")["device"] == "cpu" else 1
+
+
+def prediction_runs(dataset):
+    """Model, fold and seed of every predictions file of a dataset and scheme."""
+    runs = []
+    for fold in get_folds(dataset):
+        runs += [{"model": m, "fold": fold, "seed": 0} for m in (*baseline_models(), *REFERENCES)]
+        for seed in CONFIG.seeds:
+            for model in trainable_models():
+                runs.append({"model": model, "fold": fold, "seed": seed})
+                if model in ORACLES:
+                    runs.append({"model": ORACLES[model], "fold": fold, "seed": seed})
+    return runs
+
+
+def training_runs(dataset):
+    """Model, fold and seed of every training of a dataset and scheme."""
+    return [
+        {"model": model, "fold": fold, "seed": seed}
+        for fold in get_folds(dataset)
+        for seed in CONFIG.seeds
+        for model in trainable_models()
+    ]
+
+
+def files_of_runs(dataset, split, runs, tail):
+    return [
+        f"{fold_folder(dataset, split, run['fold'])}/{run['model']}/seed{run['seed']}/{tail}" for run in runs
+    ]
+
+
+def get_predictions(wildcards):
+    runs = prediction_runs(wildcards.dataset)
+    return files_of_runs(wildcards.dataset, wildcards.split, runs, "embed/predictions.h5ad")
+
+
+def get_training(tail):
+    return lambda wildcards: files_of_runs(
+        wildcards.dataset, wildcards.split, training_runs(wildcards.dataset), f"train/{tail}"
+    )
+
+
+def get_fold_files(tail):
+    return lambda wildcards: [
+        f"{fold_folder(wildcards.dataset, wildcards.split, fold)}/{tail}" for fold in get_folds(wildcards.dataset)
+    ]
+
+
+def get_maps(wildcards):
+    """Maps of the first fold and seed, of the model under test; none when it is not trained."""
+    model = CONFIG.settings(wildcards.dataset, "evaluate")["model"]
+    if model not in trainable_models():
+        return []
+    fold = get_folds(wildcards.dataset)[0]
+    folder = fold_folder(wildcards.dataset, wildcards.split, fold)
+    return [f"{folder}/{model}/seed{CONFIG.seeds[0]}/embed/umap.tsv"]
+
+
+def predictions_of_all():
+    return [
+        path
+        for dataset in DATASETS
+        for split in SCHEMES
+        for path in files_of_runs(dataset, split, prediction_runs(dataset), "embed/predictions.h5ad")
+    ]
+
+
+def of_all_splits(tail):
+    return [f"results/{dataset}/{split}/{tail}" for dataset in DATASETS for split in SCHEMES]
+
+
+def evaluations():
+    return of_all_splits("evaluate/summary.tsv")
+
+
+def reports():
+    return of_all_splits("report.html")

@@ -1,0 +1,48 @@
+# Raw files: fetched from an address and verified, or simulated. A local path needs no rule.
+
+
+rule download:
+    """Fetch the file of a published screen, resumably, and verify its checksum."""
+    output:
+        "resources/datasets/{dataset}/{file}",
+    params:
+        url=lambda wildcards: CONFIG.source(wildcards.dataset).address,
+        checksum=lambda wildcards: CONFIG.source(wildcards.dataset).checksum,
+        library=library("download"),
+    wildcard_constraints:
+        dataset=CONFIG.pattern("downloaded"),
+        file="[^/]+",
+    log:
+        "logs/{dataset}/download/{file}.log",
+    threads: 1
+    conda:
+        "../../envs/download.yaml"
+    script:
+        "../scripts/download.py"
+
+
+rule simulate:
+    """Simulate a screen whose truth is known, with the network and gene sets that go with it."""
+    input:
+        parameters=workflow.source_path("../../resources/simulator.json"),
+    output:
+        raw="resources/datasets/{dataset}/raw.h5ad",
+        guides="resources/datasets/{dataset}/guides.csv",
+        network="resources/datasets/{dataset}/network.tsv.gz",
+        gene_sets="resources/datasets/{dataset}/gene_sets.gmt",
+        truth="resources/datasets/{dataset}/truth.h5ad",
+        truth_cells="resources/datasets/{dataset}/truth_cells.tsv.gz",
+    params:
+        settings=lambda wildcards: CONFIG.settings(wildcards.dataset, "download")["simulator"],
+        library=library("simulate"),
+    wildcard_constraints:
+        dataset=CONFIG.pattern("simulated"),
+    log:
+        "logs/{dataset}/download/simulate.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/download/simulate.tsv"
+    threads: 1
+    conda:
+        "../../envs/preprocess.yaml"
+    script:
+        "../scripts/simulate.py"

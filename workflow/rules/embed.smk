@@ -1,0 +1,100 @@
+# Embeddings of every cell, predictions of every held-out perturbation, and the positive controls.
+
+
+rule embed:
+    """Embed every cell and predict the validation and test perturbations."""
+    input:
+        model="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/model.pt",
+        cells="results/{dataset}/preprocess/cells.h5ad",
+        split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
+        info="results/{dataset}/{split}/fold{fold}/pair/split.json",
+    output:
+        embeddings="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/embeddings.h5ad",
+        predictions="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/predictions.h5ad",
+    params:
+        half_seed=lambda wildcards: CONFIG.settings(wildcards.dataset, "evaluate")["half_seed"],
+        device=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["device"],
+        library=library("embed"),
+    wildcard_constraints:
+        model="|".join(trainable_models()) or "none",
+    log:
+        "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed.tsv"
+    threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
+    resources:
+        gpu=train_gpus,
+    conda:
+        "../../envs/embed.yaml"
+    script:
+        "../scripts/embed.py"
+
+
+rule oracles:
+    """Read expression out of observed embeddings: what an embedding keeps, whatever the predictor does."""
+    input:
+        models=lambda wildcards: oracle_files(wildcards, oracle_models(), "train/model.pt"),
+        cells="results/{dataset}/preprocess/cells.h5ad",
+        split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
+        info="results/{dataset}/{split}/fold{fold}/pair/split.json",
+    output:
+        expand(
+            "results/{{dataset}}/{{split}}/fold{{fold}}/{oracle}/seed{{seed}}/embed/predictions.h5ad",
+            oracle=[ORACLES[model] for model in oracle_models()],
+        ),
+    params:
+        oracles=[ORACLES[model] for model in oracle_models()],
+        half_seed=lambda wildcards: CONFIG.settings(wildcards.dataset, "evaluate")["half_seed"],
+        device=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["device"],
+        library=library("oracles"),
+    log:
+        "logs/{dataset}/{split}/fold{fold}/oracles/seed{seed}.log",
+    threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
+    resources:
+        gpu=train_gpus,
+    conda:
+        "../../envs/embed.yaml"
+    script:
+        "../scripts/oracles.py"
+
+
+rule references:
+    """Let half of a perturbation's own cells predict it: the technical duplicate."""
+    input:
+        cells="results/{dataset}/preprocess/cells.h5ad",
+        split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
+        info="results/{dataset}/{split}/fold{fold}/pair/split.json",
+        pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
+    output:
+        duplicate="results/{dataset}/{split}/fold{fold}/duplicate/seed0/embed/predictions.h5ad",
+        interpolated_duplicate="results/{dataset}/{split}/fold{fold}/interpolated_duplicate/seed0/embed/predictions.h5ad",
+    params:
+        half_seed=lambda wildcards: CONFIG.settings(wildcards.dataset, "evaluate")["half_seed"],
+        library=library("references"),
+    log:
+        "logs/{dataset}/{split}/fold{fold}/references.log",
+    threads: 1
+    conda:
+        "../../envs/evaluate.yaml"
+    script:
+        "../scripts/references.py"
+
+
+rule umap:
+    """Lay the embedding out in two dimensions for the report."""
+    input:
+        embeddings="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/embeddings.h5ad",
+        split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
+        info="results/{dataset}/{split}/fold{fold}/pair/split.json",
+    output:
+        umap="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/umap.tsv",
+    params:
+        seed=lambda wildcards: CONFIG.settings(wildcards.dataset, "embed")["umap_seed"],
+        library=library("umap_cells"),
+    log:
+        "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/umap.log",
+    threads: 1
+    conda:
+        "../../envs/umap.yaml"
+    script:
+        "../scripts/umap_cells.py"

@@ -1,0 +1,31 @@
+# Scores of every model on the held-out perturbations, folds pooled.
+
+
+rule evaluate:
+    """Score all models on the test perturbations, with intervals, paired tests and a verdict."""
+    input:
+        cells="results/{dataset}/preprocess/cells.h5ad",
+        splits=get_fold_files("pair/split.tsv"),
+        split_infos=get_fold_files("pair/split.json"),
+        predictions=get_predictions,
+        gene_sets=get_pathways,
+    output:
+        metrics="results/{dataset}/{split}/evaluate/metrics.tsv",
+        summary="results/{dataset}/{split}/evaluate/summary.tsv",
+        enrichment="results/{dataset}/{split}/evaluate/enrichment.tsv",
+        verdict="results/{dataset}/{split}/evaluate/verdict.json",
+        truth="results/{dataset}/{split}/evaluate/observed.h5ad",
+    params:
+        folds=lambda wildcards: get_folds(wildcards.dataset),
+        predictions=lambda wildcards: prediction_runs(wildcards.dataset),
+        settings=settings_of("evaluate"),
+        library=library("evaluate"),
+    log:
+        "logs/{dataset}/{split}/evaluate.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/{split}/evaluate.tsv"
+    threads: 1
+    conda:
+        "../../envs/evaluate.yaml"
+    script:
+        "../scripts/evaluate.py"

@@ -1,0 +1,24 @@
+# Guide assignment, quality control, normalization, on-target effect.
+
+
+rule preprocess:
+    """Assign guides, drop cells of low quality, normalize, and describe every perturbation."""
+    input:
+        raw=get_raw,
+    output:
+        cells="results/{dataset}/preprocess/cells.h5ad",
+        qc="results/{dataset}/preprocess/qc.tsv",
+        perturbations="results/{dataset}/preprocess/perturbations.tsv",
+    params:
+        source=lambda wildcards: CONFIG.source(wildcards.dataset).screen,
+        settings=settings_of("preprocess"),
+        library=library("preprocess"),
+    log:
+        "logs/{dataset}/preprocess/preprocess.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/preprocess/preprocess.tsv"
+    threads: 1
+    conda:
+        "../../envs/preprocess.yaml"
+    script:
+        "../scripts/preprocess.py"

@@ -1,0 +1,102 @@
+# The page that people read, the page that compares them, and the record of how all was made.
+
+
+rule report:
+    """Write the report of one dataset and split: verdict, calibration, models, perturbations, QC."""
+    input:
+        metrics="results/{dataset}/{split}/evaluate/metrics.tsv",
+        summary="results/{dataset}/{split}/evaluate/summary.tsv",
+        enrichment="results/{dataset}/{split}/evaluate/enrichment.tsv",
+        verdict="results/{dataset}/{split}/evaluate/verdict.json",
+        observed="results/{dataset}/{split}/evaluate/observed.h5ad",
+        splits_info=get_fold_files("pair/split.json"),
+        qc="results/{dataset}/preprocess/qc.tsv",
+        perturbations="results/{dataset}/preprocess/perturbations.tsv",
+        predictions=get_predictions,
+        histories=get_training("history.tsv"),
+        train_metrics=get_training("metrics.json"),
+        umap=get_maps,
+    output:
+        html=report(
+            "results/{dataset}/{split}/report.html",
+            caption="../report/report.rst",
+            category="{dataset}",
+            subcategory="{split}",
+            labels={"item": "Report"},
+        ),
+        headline=report(
+            "results/{dataset}/{split}/report/headline.tsv",
+            caption="../report/headline.rst",
+            category="{dataset}",
+            subcategory="{split}",
+            labels={"item": "Headline table"},
+        ),
+        calibration=report(
+            "results/{dataset}/{split}/report/calibration.svg",
+            caption="../report/calibration.rst",
+            category="{dataset}",
+            subcategory="{split}",
+            labels={"item": "Calibration strip"},
+        ),
+        scatter=report(
+            "results/{dataset}/{split}/report/scatter.svg",
+            caption="../report/scatter.rst",
+            category="{dataset}",
+            subcategory="{split}",
+            labels={"item": "Predicted against observed"},
+        ),
+    params:
+        dataset="{dataset}",
+        split="{split}",
+        predictions=lambda wildcards: prediction_runs(wildcards.dataset),
+        histories=lambda wildcards: training_runs(wildcards.dataset),
+        settings=lambda wildcards: CONFIG.resolved(wildcards.dataset),
+        library=library("report"),
+    log:
+        "logs/{dataset}/{split}/report.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/{split}/report.tsv"
+    threads: 1
+    conda:
+        "../../envs/report.yaml"
+    script:
+        "../scripts/report.py"
+
+
+rule index:
+    """Compare all datasets, splits and models on one page."""
+    input:
+        summaries=of_all_splits("evaluate/summary.tsv"),
+        verdicts=of_all_splits("evaluate/verdict.json"),
+    output:
+        html="results/index.html",
+    params:
+        entries=[{"dataset": dataset, "split": split} for dataset in DATASETS for split in SCHEMES],
+        library=library("index"),
+    log:
+        "logs/index.log",
+    threads: 1
+    conda:
+        "../../envs/report.yaml"
+    script:
+        "../scripts/index.py"
+
+
+rule provenance:
+    """Record versions, commit, resolved config, checksums and run times of all results."""
+    input:
+        reports=reports(),
+        splits=folds_of_all("pair/split.json"),
+        metrics=of_all_splits("evaluate/metrics.tsv"),
+    output:
+        "results/provenance.json",
+    params:
+        config={dataset: CONFIG.resolved(dataset) for dataset in DATASETS},
+        library=library("provenance"),
+    log:
+        "logs/provenance.log",
+    threads: 1
+    conda:
+        "../../envs/report.yaml"
+    script:
+        "../scripts/provenance.py"

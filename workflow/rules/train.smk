@@ -1,0 +1,55 @@
+# The simple models of a fold in one job, and each latent model in a job of its own.
+
+
+rule train:
+    """Train the encoder on masked cells, then the predictor on populations of cells."""
+    input:
+        pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
+        encoder=get_encoder,
+    output:
+        model="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/model.pt",
+        history="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/history.tsv",
+        metrics="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/metrics.json",
+    params:
+        settings=get_train_settings,
+        library=library("train"),
+    wildcard_constraints:
+        model="|".join(trainable_models()) or "none",
+    log:
+        "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train.tsv"
+    threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
+    resources:
+        gpu=train_gpus,
+    conda:
+        "../../envs/train.yaml"
+    script:
+        "../scripts/train.py"
+
+
+rule baselines:
+    """Fit the simple models that a deep one must beat, and write their predictions."""
+    input:
+        cells="results/{dataset}/preprocess/cells.h5ad",
+        split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
+        info="results/{dataset}/{split}/fold{fold}/pair/split.json",
+        pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
+    output:
+        expand(
+            "results/{{dataset}}/{{split}}/fold{{fold}}/{model}/seed0/embed/predictions.h5ad",
+            model=baseline_models(),
+        ),
+    params:
+        models=baseline_models(),
+        settings=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["baselines"],
+        library=library("baselines"),
+    log:
+        "logs/{dataset}/{split}/fold{fold}/baselines.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/{split}/fold{fold}/baselines.tsv"
+    threads: 1
+    conda:
+        "../../envs/embed.yaml"
+    script:
+        "../scripts/baselines.py"

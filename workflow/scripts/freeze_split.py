@@ -1,0 +1,24 @@
+"""Decide which perturbations of a fold are held out, and freeze it.
+
+Perturbations, not cells, are dealt into folds; ``split.json`` carries the SHA-256 of the table.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+
+from biojepa.logs import log_to
+from biojepa.pairing import PairSettings, freeze_split
+
+if __name__ == "__main__":
+    with log_to(snakemake.log[0]):
+        wildcards = snakemake.wildcards
+        freeze_split(
+            snakemake.input.cells,
+            snakemake.output.split,
+            wildcards.dataset,
+            wildcards.split,
+            int(wildcards.fold),
+            PairSettings(**snakemake.params.settings),
+        )

@@ -1,0 +1,34 @@
+"""Collect what training may see of a fold: no cell of a test perturbation.
+
+Genes are chosen on training cells; every perturbed cell is paired with controls of its batch; the
+codes of all perturbed genes, the held-out ones too, come from side information alone.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+
+from biojepa.files import sha256_of
+from biojepa.logs import log_to
+from biojepa.pairing import PairSettings, build_pairs
+
+if __name__ == "__main__":
+    with log_to(snakemake.log[0]):
+        wildcards = snakemake.wildcards
+        facts = {
+            "dataset": wildcards.dataset,
+            "scheme": wildcards.split,
+            "fold": int(wildcards.fold),
+            "seed": snakemake.params.settings["seed"],
+            "split_sha256": sha256_of(snakemake.input.split),
+        }
+        build_pairs(
+            snakemake.input.cells,
+            snakemake.input.split,
+            snakemake.output.pairs,
+            snakemake.input.get("networks", []),
+            snakemake.input.get("gene_sets", []),
+            PairSettings(**snakemake.params.settings),
+            facts,
+        )

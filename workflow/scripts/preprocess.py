@@ -1,0 +1,57 @@
+"""Ask which cells of a screen can be trusted, and what each perturbation did to them.
+
+Reads a screen in the format it was published in, gives every cell one label (from a column or from
+its guide counts), drops cells of low quality with one line of qc.tsv per filter, and normalizes to
+log1p of counts per ``target_sum`` of the library size. Per perturbation it describes the on-target
+log2 fold change (means per 10,000, Mann-Whitney), the effect size (unbiased squared-Euclidean energy
+distance to control in principal components, permutation test) and the number of changed genes
+(Welch t, Benjamini-Hochberg). That table is a description over all cells; nothing is trained with it.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+
+from biojepa.files import sha256_of
+from biojepa.logs import log_to
+from biojepa.preprocess import PreprocessSettings, preprocess_screen, write_preprocessed
+from biojepa.raw import ScreenSource, read_screen
+
+
+def preprocess(
+    raw: Iterable[str],
+    source: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    cells: str,
+    qc: str,
+    perturbations: str,
+) -> None:
+    """Preprocess one screen and write its three files."""
+    screen_source = ScreenSource.from_mapping(source)
+    screen_settings = PreprocessSettings.from_mapping(settings)
+    result = preprocess_screen(read_screen(screen_source), screen_source, screen_settings, checksums(raw))
+    write_preprocessed(result, cells, qc, perturbations)
+
+
+def checksums(raw: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of every file by name; of a folder, those of the files in it."""
+    files = [
+        file for path in map(Path, raw) for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+    ]
+    return {file.name: sha256_of(file) for file in files if file.is_file()}
+
+
+if __name__ == "__main__":
+    with log_to(snakemake.log[0]):
+        raw = snakemake.input.raw
+        preprocess(
+            raw=[raw] if isinstance(raw, str) else raw,
+            source=snakemake.params.source,
+            settings=snakemake.params.settings,
+            cells=snakemake.output.cells,
+            qc=snakemake.output.qc,
+            perturbations=snakemake.output.perturbations,
+        )
