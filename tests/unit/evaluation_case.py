@@ -8,12 +8,13 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+from scipy import sparse
+
 from biojepa.evaluation.predictions import PredictionFile
 from biojepa.evaluation.splits import FoldSplit, read_split
 from biojepa.evaluation.truth import FoldTruth
 from biojepa.files import sha256_of, write_json, write_tsv
 from biojepa.halves import half_b
-from scipy import sparse
 
 N_GENES = 40
 GENES = [f"G{i}" for i in range(N_GENES)]

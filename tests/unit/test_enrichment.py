@@ -7,18 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from evaluation_case import random_truth
+from scipy import stats
+
 from biojepa.errors import InputError
 from biojepa.evaluation.enrichment import (
     ENRICHMENT_COLUMNS,
+    choose_gene_sets,
     choose_perturbations,
     enrichment_scores,
     enrichment_table,
     pathway_correlation,
-    read_gene_sets,
 )
 from biojepa.evaluation.settings import EnrichmentSettings
-from evaluation_case import random_truth
-from scipy import stats
 
 SETTINGS = EnrichmentSettings(permutations=50)
 
@@ -114,11 +115,11 @@ def test_gene_sets_are_restricted_to_measured_genes_and_bounded(tmp_path, truth)
         "small": ["G1", "G2", "UNMEASURED", "ALSO", "NOT"],
     }
     path = write_gmt(tmp_path / "sets.gmt", sets)
-    kept = read_gene_sets(path, truth.genes, SETTINGS)
+    kept = choose_gene_sets(path, truth.genes, SETTINGS)
     assert list(kept) == ["also_middle", "big", "middle"]
     assert kept["middle"] == sorted(sets["middle"][:8])
-    assert list(read_gene_sets(path, truth.genes, replace(SETTINGS, max_sets=2))) == ["also_middle", "big"]
-    assert list(read_gene_sets(path, truth.genes, replace(SETTINGS, max_size=10, max_sets=1))) == [
+    assert list(choose_gene_sets(path, truth.genes, replace(SETTINGS, max_sets=2))) == ["also_middle", "big"]
+    assert list(choose_gene_sets(path, truth.genes, replace(SETTINGS, max_size=10, max_sets=1))) == [
         "also_middle"
     ]
 
@@ -127,13 +128,13 @@ def test_gene_sets_that_cannot_be_used_are_refused(tmp_path, truth):
     path = tmp_path / "sets.gmt"
     write_gmt(path, {"mouse": ["Trp53", "Myc", "Kras", "Egfr", "Brca1"]})
     with pytest.raises(InputError, match=r"sets\.gmt.*no gene in common with the 120 measured.*organism"):
-        read_gene_sets(path, truth.genes, SETTINGS)
+        choose_gene_sets(path, truth.genes, SETTINGS)
     write_gmt(path, {"small": ["G1", "G2"]})
     with pytest.raises(InputError, match=r"no gene set with 5 to 500 measured genes.*min_size"):
-        read_gene_sets(path, truth.genes, SETTINGS)
+        choose_gene_sets(path, truth.genes, SETTINGS)
     path.write_text("ok\tx\tG1\tG2\nbroken line\n")
-    with pytest.raises(InputError, match=r"line 2.*1 columns.*GMT"):
-        read_gene_sets(path, truth.genes, SETTINGS)
+    with pytest.raises(InputError, match=r"line 2.*1 tab-separated field.*GMT"):
+        choose_gene_sets(path, truth.genes, SETTINGS)
     path.write_text("a\tx\tG1\na\tx\tG2\n")
     with pytest.raises(InputError, match=r"line 2.*gene set 'a' a second time"):
-        read_gene_sets(path, truth.genes, SETTINGS)
+        choose_gene_sets(path, truth.genes, SETTINGS)

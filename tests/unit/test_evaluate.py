@@ -11,14 +11,15 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from evaluation_case import GENES, LABELS, Screen
+from scipy import stats
+
 from biojepa.contracts import METRICS_COLUMNS, SUMMARY_COLUMNS
 from biojepa.errors import InputError
 from biojepa.evaluation.evaluate import evaluate
 from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.evaluation.splits import read_split
 from biojepa.files import read_tsv, sha256_of, write_json, write_tsv
-from evaluation_case import GENES, LABELS, Screen
-from scipy import stats
 
 MODELS = ("mean", "duplicate", "no_change", "ridge", "biojepa")
 SETTINGS = EvaluationSettings(draws=200)

@@ -6,6 +6,7 @@ import hashlib
 
 import numpy as np
 import pytest
+
 from biojepa.halves import half_b
 
 NAMES = np.array([f"AAACCTG{i:05d}-1" for i in range(301)], dtype=object)

@@ -8,13 +8,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from evaluation_case import random_truth
+from scipy import integrate, stats
+from sklearn.metrics import average_precision_score, mean_squared_error, r2_score
+
 from biojepa.evaluation.differential import average_precision_rows
 from biojepa.evaluation.headline import share_farther
 from biojepa.evaluation.metrics import METRICS, all_metrics
 from biojepa.evaluation.registry import pearson_rows
-from evaluation_case import random_truth
-from scipy import integrate, stats
-from sklearn.metrics import average_precision_score, mean_squared_error, r2_score
 
 PER_PERTURBATION = [name for name, metric in METRICS.items() if metric.unit == "perturbation"]
 POINT = [name for name in PER_PERTURBATION if not METRICS[name].needs_sd]
@@ -86,7 +87,7 @@ def test_correlations_equal_scipy(truth, guess):
 
 def test_top20_correlation_uses_the_genes_of_largest_welch_t(truth, guess):
     for row in range(len(guess)):
-        error = np.sqrt(truth.var_all[row] / 24 + truth.control_var / 60)
+        error = np.sqrt(np.maximum(truth.var_all[row], truth.control_var) / 24 + truth.control_var / 60)
         t = (truth.all_cells[row] - truth.control_mean) / error
         top = sorted(range(30), key=lambda gene: -abs(t[gene]))[:20]
         expected = stats.pearsonr(
@@ -98,7 +99,7 @@ def test_top20_correlation_uses_the_genes_of_largest_welch_t(truth, guess):
 def test_weighted_r2_equals_its_formula_and_scikit_learn_at_equal_weights(truth, guess):
     for row, value in enumerate(score("weighted_r2_delta", guess, truth)):
         t = stats.ttest_ind_from_stats(
-            truth.half_a[row], np.sqrt(truth.var_a[row]), 12,
+            truth.half_a[row], np.sqrt(np.maximum(truth.var_a[row], truth.control_var)), 12,
             truth.control_mean, np.sqrt(truth.control_var), 60, equal_var=False,
         ).statistic  # fmt: skip
         weights = t**2 / (t**2).sum()
@@ -205,6 +206,7 @@ def test_gene_metrics_agree_with_cell_eval(truth, guess):
     types = pytest.importorskip("cell_eval._types._de")
     module = pytest.importorskip("cell_eval.metrics._de")
     polars = pytest.importorskip("polars")
+    truth = replace(truth, fdr=0.5)  # lenient, so that most perturbations have several significant genes
     rows = [(p, g) for p in range(9) for g in range(30)]
     change = guess - truth.control_mean
 
@@ -241,7 +243,7 @@ def test_significant_genes_equal_welch_tests_with_benjamini_hochberg():
     for row in range(9):
         p_values = [
             stats.ttest_ind_from_stats(
-                truth.half_b[row, g], truth.var_b[row, g] ** 0.5, 12,
+                truth.half_b[row, g], max(truth.var_b[row, g], truth.control_var[g]) ** 0.5, 12,
                 truth.control_mean[g], truth.control_var[g] ** 0.5, 60, equal_var=False,
             ).pvalue
             for g in range(30)
@@ -249,6 +251,23 @@ def test_significant_genes_equal_welch_tests_with_benjamini_hochberg():
         expected = multitest.multipletests(p_values, 0.05, method="fdr_bh")[0]
         assert (truth.significant[row] == expected).all()
     assert truth.significant.any()
+
+
+def test_a_gene_that_half_a_misses_by_chance_carries_no_weight():
+    """Zero variance of the perturbed cells must not turn a tiny difference into a huge t."""
+    quiet = random_truth(seed=4)
+    var_a = quiet.var_a.copy()
+    var_a[:, 0] = 0
+    truth = replace(quiet, var_a=var_a, half_a=np.tile(quiet.control_mean, (9, 1)) + np.eye(30)[1])
+    truth.half_a[:, 0] -= 0.01
+    expected = (0.01**2 / truth.control_var[0]) / (
+        0.01**2 / truth.control_var[0]
+        + 1
+        / (np.maximum(truth.var_a[:, 1], truth.control_var[1]) / 12 + truth.control_var[1] / 60)
+        * (1 / 12 + 1 / 60)
+    )
+    assert truth.weights[:, 0] == pytest.approx(expected)
+    assert (truth.weights[:, 0] < 0.01).all()
 
 
 def test_genes_that_never_vary_are_neither_significant_nor_weighted():

@@ -221,7 +221,7 @@ def test_incomplete_and_damaged_folders_are_refused(tmp_path):
 
 
 def test_missing_and_foreign_files_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.h5ad: found nothing there.*`path`"):
+    with pytest.raises(InputError, match=r"nowhere\.h5ad: found nothing there.*`source`"):
         read_screen(ScreenSource("toy", str(tmp_path / "nowhere.h5ad")))
     text = tmp_path / "screen.h5ad"
     text.write_text("not HDF5")

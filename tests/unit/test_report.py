@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+
 from biojepa import contracts
 from biojepa.errors import InputError
 from biojepa.evaluation.metrics import all_metrics

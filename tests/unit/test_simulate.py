@@ -11,6 +11,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
+
 from biojepa.errors import InputError
 from biojepa.files import sha256_of
 from biojepa.simulate import ScreenFiles, ScreenParameters, SimulatorSettings, simulate_screen
@@ -18,7 +20,6 @@ from biojepa.simulate.cells import DYING, SINGLET, STATUSES
 from biojepa.simulate.design import draw_screen
 from biojepa.simulate.network import GeneNetwork, draw_network, observe_edges, smooth_over_network
 from biojepa.simulate.responses import Responses
-from scipy import sparse
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = SimulatorSettings(n_cells=2_300, n_genes=200, n_singles=12, n_combinations=6, n_modules=4)

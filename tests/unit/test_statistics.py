@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
+
 from biojepa.contracts import SUMMARY_COLUMNS
 from biojepa.evaluation.metrics import METRICS
 from biojepa.evaluation.resampling import WholeModelScores, bootstrap_means, interval, make_scopes
 from biojepa.evaluation.statistics import metric_tables, paired_difference, summarize, wilcoxon_p
-from scipy import stats
 
 CORRELATION, DISTANCE = "pearson_delta_perturbed_mean", "l2_top1000"
 BASELINES = ("no_change", "ridge", "knn")

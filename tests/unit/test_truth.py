@@ -6,12 +6,13 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from evaluation_case import GENES, LABELS, Screen
+from scipy import sparse
+
 from biojepa.errors import InputError
 from biojepa.evaluation import truth as module
 from biojepa.evaluation.truth import assemble_fold, collect_moments
 from biojepa.halves import half_b
-from evaluation_case import GENES, LABELS, Screen
-from scipy import sparse
 
 
 @pytest.fixture(scope="module")

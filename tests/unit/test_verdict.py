@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from test_statistics import long_table, tables_of
+
 from biojepa.errors import InputError
 from biojepa.evaluation.settings import SIMPLE_BASELINES, EvaluationSettings
 from biojepa.evaluation.verdict import BETTER, CANNOT_TELL, NOT_EVALUATED, SAME, WORSE, reach_verdict
-from test_statistics import long_table, tables_of
 
 FIRST, SECOND = "pearson_delta_perturbed_mean", "rank_l2"
 
@@ -132,3 +133,11 @@ def test_settings_refuse_unknown_keys_and_impossible_values():
     ):
         with pytest.raises(InputError, match=key):
             EvaluationSettings.from_mapping(content)
+
+
+def test_a_model_that_repeats_the_baseline_but_for_rounding_is_indistinguishable_from_it():
+    table = scores()
+    ours = table[table["model"] == "ridge"].assign(model="biojepa")
+    ours["value"] -= 2e-8  # what float32 leaves between two ways to the same prediction
+    made = verdict_of(table[table["model"] != "biojepa"], ours)["details"][0]["comparisons"][0]
+    assert (made["outcome"], made["difference"], made["ci_low"], made["ci_high"]) == (SAME, 0.0, 0.0, 0.0)

@@ -117,7 +117,7 @@ def oracle_models():
     return [model for model in ORACLES if model in trainable_models()]
 
 
-def oracle_files(wildcards, models, tail):
+def files_of_models(wildcards, models, tail):
     folder = fold_folder(wildcards.dataset, wildcards.split, wildcards.fold)
     return [f"{folder}/{model}/seed{wildcards.seed}/{tail}" for model in models]
 

@@ -2,25 +2,35 @@
 
 
 rule embed:
-    """Embed every cell and predict the validation and test perturbations."""
+    """Embed every cell and predict the held-out perturbations, with all trained models of a fold and seed."""
     input:
-        model="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/model.pt",
+        models=lambda wildcards: files_of_models(wildcards, trainable_models(), "train/model.pt"),
         cells="results/{dataset}/preprocess/cells.h5ad",
         split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
         info="results/{dataset}/{split}/fold{fold}/pair/split.json",
     output:
-        embeddings="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/embeddings.h5ad",
-        predictions="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/predictions.h5ad",
+        embeddings=expand(
+            "results/{{dataset}}/{{split}}/fold{{fold}}/{model}/seed{{seed}}/embed/embeddings.h5ad",
+            model=trainable_models(),
+        ),
+        predictions=expand(
+            "results/{{dataset}}/{{split}}/fold{{fold}}/{model}/seed{{seed}}/embed/predictions.h5ad",
+            model=trainable_models(),
+        ),
+        oracles=expand(
+            "results/{{dataset}}/{{split}}/fold{{fold}}/{oracle}/seed{{seed}}/embed/predictions.h5ad",
+            oracle=[ORACLES[model] for model in oracle_models()],
+        ),
     params:
+        models=trainable_models(),
+        oracles={model: ORACLES[model] for model in oracle_models()},
         half_seed=lambda wildcards: CONFIG.settings(wildcards.dataset, "evaluate")["half_seed"],
         device=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["device"],
         library=library("embed"),
-    wildcard_constraints:
-        model="|".join(trainable_models()) or "none",
     log:
-        "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed.log",
+        "logs/{dataset}/{split}/fold{fold}/embed/seed{seed}.log",
     benchmark:
-        "logs/benchmarks/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed.tsv"
+        "logs/benchmarks/{dataset}/{split}/fold{fold}/embed/seed{seed}.tsv"
     threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
     resources:
         gpu=train_gpus,
@@ -28,34 +38,6 @@ rule embed:
         "../../envs/embed.yaml"
     script:
         "../scripts/embed.py"
-
-
-rule oracles:
-    """Read expression out of observed embeddings: what an embedding keeps, whatever the predictor does."""
-    input:
-        models=lambda wildcards: oracle_files(wildcards, oracle_models(), "train/model.pt"),
-        cells="results/{dataset}/preprocess/cells.h5ad",
-        split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
-        info="results/{dataset}/{split}/fold{fold}/pair/split.json",
-    output:
-        expand(
-            "results/{{dataset}}/{{split}}/fold{{fold}}/{oracle}/seed{{seed}}/embed/predictions.h5ad",
-            oracle=[ORACLES[model] for model in oracle_models()],
-        ),
-    params:
-        oracles=[ORACLES[model] for model in oracle_models()],
-        half_seed=lambda wildcards: CONFIG.settings(wildcards.dataset, "evaluate")["half_seed"],
-        device=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["device"],
-        library=library("oracles"),
-    log:
-        "logs/{dataset}/{split}/fold{fold}/oracles/seed{seed}.log",
-    threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
-    resources:
-        gpu=train_gpus,
-    conda:
-        "../../envs/embed.yaml"
-    script:
-        "../scripts/oracles.py"
 
 
 rule references:

@@ -14,12 +14,13 @@ from biojepa.logs import log_to
 from biojepa.pairs import read_pairs
 from biojepa.predictions import cells_per_label, predicted_rows, write_predictions
 from biojepa.provenance import environment
-from biojepa.splits import read_split
+from biojepa.splits import read_split, require_same_split
 
 
 def main(snakemake) -> None:
     """Fit all baselines in one job: each takes less time than starting Python."""
     pairs, split = read_pairs(snakemake.input.pairs), read_split(snakemake.input.split)
+    require_same_split(pairs.facts, snakemake.input.split, snakemake.input.pairs)
     names, settings = snakemake.params.models, snakemake.params.settings
     rows = predicted_rows(split)
     n_cells = cells_per_label(snakemake.input.cells)

@@ -1,7 +1,8 @@
-"""Embed every cell with a trained model, and predict the validation and test perturbations.
+"""Embed every cell with the trained models, and predict the validation and test perturbations.
 
-Test cells are embedded after training, with everything frozen. The predictions use control cells and
-codes only; ``z_true`` holds the observed embeddings beside the predicted ones, pooled over tokens.
+Test cells are embedded after training, with everything frozen. Predictions use control cells and codes
+only; ``z_true`` holds the observed embeddings beside the predicted ones, pooled over tokens. The oracle
+of an embedding is what its readout makes of the observed tokens of half A: the ceiling it sets.
 """
 
 import sys
@@ -9,17 +10,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
-from biojepa.embedding import embed_and_predict
+from biojepa.embedding import Outputs, embed_and_predict
 from biojepa.logs import log_to
+
+
+def main(snakemake) -> None:
+    """Read the cells once per model; all models of a fold share the start-up of one job."""
+    output, params = snakemake.output, snakemake.params
+    oracles = dict(zip(params.oracles, output.oracles, strict=True))
+    for name, model, embeddings, predictions in zip(
+        params.models, snakemake.input.models, output.embeddings, output.predictions, strict=True
+    ):
+        embed_and_predict(
+            model,
+            snakemake.input.cells,
+            snakemake.input.split,
+            Outputs(name, embeddings, predictions, params.oracles.get(name), oracles.get(name)),
+            params.half_seed,
+            params.device,
+        )
+
 
 if __name__ == "__main__":
     with log_to(snakemake.log[0]):
-        embed_and_predict(
-            snakemake.input.model,
-            snakemake.input.cells,
-            snakemake.input.split,
-            snakemake.output.embeddings,
-            snakemake.output.predictions,
-            snakemake.wildcards.model,
-            snakemake.params.device,
-        )
+        main(snakemake)

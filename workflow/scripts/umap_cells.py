@@ -1,4 +1,4 @@
-"""Draw the map of the embedding that the report shows: UMAP of at most 3,000 cells, drawn evenly.
+"""Draw the map of the embedding that the report shows: UMAP of at most 3,000 cells, drawn at random.
 
 A map for the eye only: distances in it mean little, and nothing is measured on it.
 """

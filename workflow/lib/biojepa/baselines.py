@@ -14,7 +14,7 @@ import numpy as np
 
 from biojepa.contracts import GENE_SEPARATOR
 from biojepa.linear import AdditiveKernelRidge, Components, bilinear, nearest_neighbours, ridge
-from biojepa.pairs import Pairs, trainable_labels
+from biojepa.pairs import Pairs, refuse_leaked_pairs, trainable_labels
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,9 @@ def _linear(data: TrainingData) -> Prediction:
     columns = data.target_columns(np.arange(len(data.pairs.labels)))
     delta, missing = bilinear(data.delta, [columns[label] for label in data.train], columns)
     if missing:
-        log.info("linear: %d of %d perturbations have no measured target and get the mean", missing, len(columns))
+        log.info(
+            "linear: %d of %d perturbations have no measured target and get the mean", missing, len(columns)
+        )
     return Prediction(delta)
 
 
@@ -188,19 +190,36 @@ BASELINES: dict[str, Callable[[TrainingData], Prediction]] = {
 
 
 def fit_linear_branch(pairs: Pairs, train: np.ndarray, targets: np.ndarray) -> AdditiveKernelRidge:
-    """Fit the additive kernel ridge on ``targets`` ``(len(train), outputs)`` of the training labels."""
-    components = Components.of(pairs.membership, pairs.codes)
-    return AdditiveKernelRidge(components).fit(train, targets, pairs.n_cells[train])
+    """Fit the additive kernel ridge on ``targets`` ``(len(train), outputs)`` of the training labels.
+
+    The prior sources are averaged, unless weighing them one by one lowers the leave-one-out error of
+    the training labels by more than a standard error: with a few dozen perturbations the separate
+    weights overfit, and with a clear best source the average dilutes it (``docs/decisions.md``).
+    """
+    n_cells = pairs.n_cells[train]
+    averaged = AdditiveKernelRidge(Components.of(pairs.membership, pairs.codes)).fit(train, targets, n_cells)
+    if len(pairs.codes) < 2:
+        return averaged
+    components = Components.of(pairs.membership, pairs.codes, separate=True)
+    separate = AdditiveKernelRidge(components).fit(train, targets, n_cells)
+    errors = [((model.leave_one_out() - targets) ** 2).sum(axis=1) for model in (averaged, separate)]
+    gain = errors[0] - errors[1]
+    return separate if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)) else averaged
 
 
-def fit_baselines(pairs: Pairs, names: Sequence[str], neighbours: int = 5, seed: int = 0) -> dict[str, Prediction]:
+def fit_baselines(
+    pairs: Pairs, names: Sequence[str], neighbours: int = 5, seed: int = 0
+) -> dict[str, Prediction]:
     """Fit the named baselines and predict Δ of every label of ``pairs``, test ones included.
 
     Raises
     ------
     ValueError
         Naming an unknown baseline and those that exist.
+    LeakageError
+        When ``pairs`` carries cells of a test perturbation.
     """
+    refuse_leaked_pairs(pairs)
     unknown = sorted(set(names) - set(BASELINES))
     if unknown:
         raise ValueError(f"unknown baselines {unknown}; there are {sorted(BASELINES)}")

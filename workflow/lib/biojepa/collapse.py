@@ -11,6 +11,8 @@ from torch import Tensor
 
 MIN_STD_OVER_CELLS = 0.05
 MIN_RANK = 2.0
+# What float32 leaves between equal cells, relative to their size: no variation at all.
+ROUNDING = 1e-6
 
 
 class CollapseError(RuntimeError):
@@ -27,9 +29,11 @@ def rankme(pooled: Tensor) -> float:
 
     RankMe (Garrido et al., ICML 2023), of centred embeddings, between 1 and D. Zero for a constant.
     """
-    singular = torch.linalg.svdvals((pooled - pooled.mean(dim=0)).double())
-    if float(singular.sum()) <= 1e-9:
+    z = pooled.double()
+    centred = z - z.mean(dim=0)
+    if float(centred.norm()) <= ROUNDING * float(z.norm()):
         return 0.0
+    singular = torch.linalg.svdvals(centred)
     share = singular / singular.sum()
     return float(torch.exp(-(share * torch.log(share.clamp(min=1e-12))).sum()))
 
@@ -38,7 +42,8 @@ def lidar(pooled: Tensor, classes: Tensor, delta: float = 1e-3) -> float:
     """Effective rank of what distinguishes classes, LiDAR (Thilak et al., ICLR 2024).
 
     The between-class covariance is whitened by the within-class covariance, both over cells; the result
-    is the exponential of the entropy of its eigenvalues.
+    is the exponential of the entropy of its eigenvalues. Zero for a constant, and for classes that do
+    not differ.
 
     Parameters
     ----------
@@ -50,6 +55,8 @@ def lidar(pooled: Tensor, classes: Tensor, delta: float = 1e-3) -> float:
         Added to the diagonal of the within-class covariance, relative to its mean.
     """
     z = pooled.double()
+    if float((z - z.mean(dim=0)).norm()) <= ROUNDING * float(z.norm()):
+        return 0.0
     names, index = classes.unique(return_inverse=True)
     counts = torch.bincount(index).double()
     means = torch.zeros(len(names), z.shape[1], dtype=z.dtype, device=z.device)
@@ -70,13 +77,22 @@ def lidar(pooled: Tensor, classes: Tensor, delta: float = 1e-3) -> float:
 
 
 def statistics(tokens: Tensor, classes: Tensor) -> dict[str, float]:
-    """Measure an embedding (cells, T, D) with class labels (cells,)."""
+    """Measure an embedding (cells, T, D).
+
+    Parameters
+    ----------
+    tokens
+        (cells, T, D)
+    classes
+        (cells,) training perturbation of each cell, -1 for controls, which LiDAR leaves out.
+    """
     pooled = tokens.mean(dim=1)
+    perturbed = classes >= 0
     return {
         "std_cells": std_over_cells(tokens),
         "std_cells_pooled": float(pooled.std(dim=0).mean()),
         "rankme": rankme(pooled),
-        "lidar": lidar(pooled, classes),
+        "lidar": lidar(pooled[perturbed], classes[perturbed]) if perturbed.any() else 0.0,
     }
 
 

@@ -121,7 +121,9 @@ class Source:
         if not self.is_simulated and not self.is_remote:
             named.insert(0, ("source", self.path))
         made = f"{self.folder}/"
-        return [(column, path) for column, path in named if not path.startswith(made) and not Path(path).exists()]
+        return [
+            (column, path) for column, path in named if not path.startswith(made) and not Path(path).exists()
+        ]
 
 
 def _listed(field: str) -> list[str]:
@@ -160,7 +162,7 @@ class Config:
 
     @property
     def models(self) -> list[str]:
-        """Models, each once, and those whose encoder another one reuses before it."""
+        """Models to fit and compare."""
         return list(self.content["models"])
 
     def source(self, dataset: str) -> Source:
@@ -239,6 +241,9 @@ def _contradictions(config: Config) -> Iterator[str]:
         if needed and needed not in config.models:
             yield f"config, models: {model} reuses the encoder of {needed}; add {needed} to the list"
     for dataset in config.datasets:
+        tested = config.settings(dataset, "evaluate")["model"]
+        if tested not in config.models:
+            yield f"config, evaluate.model: found {tested}; expected one of models: {', '.join(config.models)}"
         n_folds = config.settings(dataset, "pair")["n_folds"]
         high = [fold for fold in config.folds(dataset) if fold >= n_folds]
         if high:
@@ -296,7 +301,9 @@ def _read_schema(path: Path) -> dict[str, Any]:
 def _problems(content: Any, schema: Mapping[str, Any], where: str) -> Iterator[str]:
     """Yield one sentence per violation of the schema."""
     validator = jsonschema.Draft202012Validator(schema)
-    for error in sorted(validator.iter_errors(content), key=lambda error: list(map(str, error.absolute_path))):
+    for error in sorted(
+        validator.iter_errors(content), key=lambda error: list(map(str, error.absolute_path))
+    ):
         key = ".".join(str(part) for part in error.absolute_path)
         place = f"{where}, key {key}" if key else where
         if error.validator == "additionalProperties" and isinstance(error.instance, Mapping):
@@ -330,4 +337,6 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _listing(problems: list[str]) -> str:
-    return problems[0] if len(problems) == 1 else "\n".join(["several problems:", *(f"- {p}" for p in problems)])
+    return (
+        problems[0] if len(problems) == 1 else "\n".join(["several problems:", *(f"- {p}" for p in problems)])
+    )

@@ -20,10 +20,9 @@ from biojepa.halves import half_b
 from biojepa.pairs import rows_of_matrix
 from biojepa.predictions import predicted_rows, write_embeddings, write_predictions
 from biojepa.provenance import environment
-from biojepa.splits import read_split
+from biojepa.splits import read_split, require_same_split
 from biojepa.training import TrainedModel, load_model
 from biojepa.training.optimization import choose_device
-
 
 
 def embed_screen(
@@ -77,7 +76,9 @@ def embed_screen(
     column_of[[position[gene] for gene in model.genes]] = np.arange(len(model.genes))
     device = model.control_tokens.device
     pooled = np.empty((len(log_library), model.embedding.dim), dtype=np.float32)
-    sums = torch.zeros(n_groups + 1, model.embedding.num_tokens, model.embedding.dim, dtype=torch.float64, device=device)
+    sums = torch.zeros(
+        n_groups + 1, model.embedding.num_tokens, model.embedding.dim, dtype=torch.float64, device=device
+    )
     owners = torch.from_numpy(np.where(groups < 0, n_groups, groups).astype(np.int64)).to(device)
     with h5py.File(cells_path, "r") as file, torch.no_grad():
         blocks = rows_of_matrix(file["X"], block)
@@ -126,74 +127,79 @@ class _Screen:
         return dict(zip(*np.unique(self.labels, return_counts=True), strict=True))
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What to write for one model: its name and files, and those of its oracle where it has one."""
+
+    model: str
+    embeddings: str | Path
+    predictions: str | Path
+    oracle: str | None = None
+    oracle_predictions: str | Path | None = None
+
+
 def embed_and_predict(
     model_path: str | Path,
     cells_path: str | Path,
     split_path: str | Path,
-    embeddings_path: str | Path,
-    predictions_path: str | Path,
-    name: str,
-    device: str = "cpu",
-) -> None:
-    """Write the embeddings and the predictions of one trained model."""
-    model, split, screen = _load(model_path, device), read_split(split_path), _Screen.read(cells_path)
-    pooled, means = embed_screen(
-        model, cells_path, screen.genes, screen.log_library, screen.groups(split), len(split)
-    )
-    rows = predicted_rows(split)
-    expression, sd, tokens = model.predict(rows)
-    provenance = {**environment(), "model": name, **model.facts}
-    write_predictions(
-        predictions_path,
-        name,
-        split,
-        rows,
-        screen.counts(),
-        model.genes,
-        expression,
-        provenance,
-        sd=sd,
-        z_pred=tokens.mean(axis=1),
-        z_true=means[rows].mean(axis=1),
-    )
-    kept = [column for column in (PERTURBATION, IS_CONTROL, BATCH, CELL_TYPE) if column in screen.obs]
-    write_embeddings(embeddings_path, screen.obs[kept], pooled, provenance)
-
-
-def predict_by_oracle(
-    model_path: str | Path,
-    cells_path: str | Path,
-    split_path: str | Path,
-    predictions_path: str | Path,
-    name: str,
+    outputs: Outputs,
     half_seed: int = 0,
     device: str = "cpu",
 ) -> None:
-    """Write what the readout makes of the *observed* tokens of half A of a perturbation's cells.
+    """Write the embeddings, the predictions and, if asked, the oracle of one trained model.
 
-    It scores what the embedding and its readout keep, whatever the predictor does. Half B is the truth.
+    The oracle is what the readout makes of the *observed* tokens of half A of a perturbation's cells: it
+    scores what the embedding and its readout keep, whatever the predictor does. Half B is the truth.
+
+    Raises
+    ------
+    LeakageError
+        When the model was trained with another split.
     """
     model, split, screen = _load(model_path, device), read_split(split_path), _Screen.read(cells_path)
-    in_a = ~half_b(screen.obs.index.to_numpy(), half_seed, screen.labels)
-    groups = np.where(in_a, screen.groups(split), -1)
-    _, means = embed_screen(model, cells_path, screen.genes, screen.log_library, groups, len(split))
+    require_same_split(model.facts, split_path, model_path)
+    in_b = half_b(screen.obs.index.to_numpy(), half_seed, screen.labels)
+    group = screen.groups(split)
+    # Each half of a label is a group of its own: the oracle may see half A alone.
+    halves = np.where(group < 0, -1, 2 * group + in_b)
+    pooled, means = embed_screen(model, cells_path, screen.genes, screen.log_library, halves, 2 * len(split))
+    counts = np.bincount(halves[halves >= 0], minlength=2 * len(split)).reshape(-1, 2)
+    means = means.reshape(len(split), 2, *means.shape[1:])
     rows = predicted_rows(split)
-    observed = torch.from_numpy(means[rows]).to(model.control_tokens.device)
-    # Relative to the controls, so that a bias of the readout cancels.
-    change = model.readout.change(observed - model.control_tokens)
-    expression = (model.control_expression + change).clamp(min=0).cpu().numpy()
-    provenance = {**environment(), "model": name, **model.facts, "half_seed": half_seed}
+    share = counts[rows] / counts[rows].sum(axis=1, keepdims=True)
+    z_true = np.einsum("rh,rhtd->rd", share, means[rows]) / means.shape[2]
+
+    expression, sd, tokens = model.predict(rows)
+    provenance = {**environment(), **model.facts, "half_seed": half_seed}
+    shared = {
+        "split": split,
+        "rows": rows,
+        "n_cells": screen.counts(),
+        "genes": model.genes,
+        "z_true": z_true,
+    }
     write_predictions(
-        predictions_path,
-        name,
-        split,
-        rows,
-        screen.counts(),
-        model.genes,
-        expression,
-        provenance,
-        z_true=means[rows].mean(axis=1),
+        outputs.predictions,
+        outputs.model,
+        expression=expression,
+        provenance={**provenance, "model": outputs.model},
+        sd=sd,
+        z_pred=tokens.mean(axis=1),
+        **shared,
     )
+    if outputs.oracle is not None:
+        observed = torch.from_numpy(means[rows, 0]).to(model.control_tokens.device)
+        # Relative to the controls, so that a bias of the readout cancels.
+        change = model.readout.change(observed - model.control_tokens)
+        write_predictions(
+            outputs.oracle_predictions,
+            outputs.oracle,
+            expression=(model.control_expression + change).clamp(min=0).cpu().numpy(),
+            provenance={**provenance, "model": outputs.oracle},
+            **shared,
+        )
+    kept = [column for column in (PERTURBATION, IS_CONTROL, BATCH, CELL_TYPE) if column in screen.obs]
+    write_embeddings(outputs.embeddings, screen.obs[kept], pooled, provenance)
 
 
 def _load(path: str | Path, device: str) -> TrainedModel:

@@ -25,16 +25,16 @@ class Components:
     - ``mean``: k = 1, all genes share an average effect, which counts twice for a pair of genes;
     - ``shared``: an effect common to all perturbed cells, counted once;
     - ``gene``: k = I, the gene's own effect, known only where training perturbed it;
-    - ``prior``: k = average over the sources of C Cᵀ, so that unseen genes borrow from their neighbours.
-
-    The sources are averaged and not weighted one by one: with a few dozen perturbations the separate
-    weights overfit (``docs/decisions.md``).
+    - ``prior``: k = average over the sources of C Cᵀ, so that unseen genes borrow from their neighbours;
+      or, with ``separate``, one kernel per source, ``prior_<source>``.
     """
 
     matrices: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, membership: np.ndarray, codes: Mapping[str, np.ndarray]) -> Components:
+    def of(
+        cls, membership: np.ndarray, codes: Mapping[str, np.ndarray], separate: bool = False
+    ) -> Components:
         """Build the kernels of ``membership`` ``(labels, genes)`` and source codes ``(genes, dim)``."""
         size = membership.sum(axis=1)
         matrices = {
@@ -42,9 +42,14 @@ class Components:
             "shared": np.outer(size > 0, size > 0).astype(float),
             "gene": membership @ membership.T,
         }
-        if codes:
-            features = [membership @ values for values in codes.values()]
-            matrices["prior"] = sum(f @ f.T for f in features) / len(features)
+        kernels = {}
+        for name, values in codes.items():
+            features = membership @ values
+            kernels[f"prior_{name}"] = features @ features.T
+        if separate:
+            matrices.update(kernels)
+        elif kernels:
+            matrices["prior"] = sum(kernels.values()) / len(kernels)
         return cls(matrices)
 
     def weighted(self, weights: Mapping[str, float], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -114,7 +119,8 @@ class AdditiveKernelRidge:
         optimizer.step(negative_log_likelihood)
         weights = log_weights.detach().exp()
         self.weights = {
-            name: float(weight * size / unit) for name, weight, unit in zip(names, weights, scale, strict=False)
+            name: float(weight * size / unit)
+            for name, weight, unit in zip(names, weights, scale, strict=False)
         }
         self.noise = float(weights[-1] * size)
         kernel = self.components.weighted(self.weights, self.labels, self.labels)

@@ -32,7 +32,9 @@ def map_embedding(
     chosen = np.sort(rng.choice(embeddings.n_obs, size=size, replace=False))
     shown = embeddings[chosen]
     neighbours = min(15, size - 1)
-    layout = umap.UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(shown.obsm[EMBEDDING])
+    layout = umap.UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(
+        shown.obsm[EMBEDDING]
+    )
     labels = shown.obs[PERTURBATION].astype(str)
     return pd.DataFrame(
         {

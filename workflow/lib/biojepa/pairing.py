@@ -58,7 +58,9 @@ class PairSettings:
     restart: float = 0.2
 
 
-def freeze_split(cells_path: str | Path, path: str | Path, dataset: str, scheme: str, fold: int, settings: PairSettings) -> pd.DataFrame:
+def freeze_split(
+    cells_path: str | Path, path: str | Path, dataset: str, scheme: str, fold: int, settings: PairSettings
+) -> pd.DataFrame:
     """Write ``split.tsv`` and ``split.json`` of one fold, and return the table.
 
     Raises
@@ -78,7 +80,13 @@ def freeze_split(cells_path: str | Path, path: str | Path, dataset: str, scheme:
         )
     tables = split_perturbations(labels, settings.n_folds, settings.validation_share, settings.seed)
     write_split(
-        tables[fold], path, dataset=dataset, scheme=scheme, fold=fold, n_folds=settings.n_folds, seed=settings.seed
+        tables[fold],
+        path,
+        dataset=dataset,
+        scheme=scheme,
+        fold=fold,
+        n_folds=settings.n_folds,
+        seed=settings.seed,
     )
     return tables[fold]
 
@@ -129,7 +137,9 @@ def build_pairs(
         names = np.asarray(read_elem(file["var"]).index, dtype=str)
         label = obs[PERTURBATION].astype(str).to_numpy()
         if not (label == CONTROL).any():
-            raise InputError(cells_path, "no control cell", f"cells labelled {CONTROL}", "rerun the preprocess stage")
+            raise InputError(
+                cells_path, "no control cell", f"cells labelled {CONTROL}", "rerun the preprocess stage"
+            )
         training = np.isin(label, [*labels_in(split, TRAIN), CONTROL])
         keep = np.isin(label, [*labels_in(split, TRAIN, VAL), CONTROL])
         refuse_held_out(label[training], split, (TRAIN,), "gene selection")
@@ -185,10 +195,16 @@ def build_pairs(
 
 
 def _rows(source: GeneCodes, genes: Sequence[str]) -> np.ndarray:
-    """Codes of ``genes`` in their order, zero where not covered."""
+    """Centred codes of ``genes`` in their order, of unit length, zero where not covered.
+
+    What all genes share says nothing about one of them, and would be shrunken away anyway.
+    """
     position = {gene: row for row, gene in enumerate(source.genes)}
+    known = np.array([gene in position for gene in genes])
     values = np.zeros((len(genes), source.values.shape[1]), dtype=np.float32)
-    for row, gene in enumerate(genes):
-        if gene in position:
-            values[row] = source.values[position[gene]]
-    return values
+    values[known] = source.values[[position[gene] for gene in genes if gene in position]]
+    if known.sum() > 1:
+        values[known] -= values[known].mean(axis=0)
+    norms = np.linalg.norm(values, axis=1, keepdims=True)
+    # A gene that the source cannot tell from the average is left at zero: rounding is no code.
+    return np.where(norms > 1e-5, values / np.maximum(norms, 1e-5), 0).astype(np.float32)

@@ -14,7 +14,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from biojepa.contracts import CONTROL, GENE_SEPARATOR, TRAIN, VAL
+from biojepa.contracts import CONTROL, GENE_SEPARATOR, TEST, TRAIN, VAL
+from biojepa.splits import LeakageError
 
 CONTROL_CODE = -1
 BLOCK = 4096
@@ -129,7 +130,9 @@ def multi_hot(labels: Sequence[str], genes: Sequence[str]) -> np.ndarray:
     return code
 
 
-def rows_of_matrix(matrix: h5py.Group, block: int = BLOCK) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+def rows_of_matrix(
+    matrix: h5py.Group, block: int = BLOCK
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """Read a CSR group of an ``.h5ad`` in blocks of rows: first row, data, indices, local indptr."""
     indptr = matrix["indptr"][:]
     for first in range(0, len(indptr) - 1, block):
@@ -291,6 +294,24 @@ def read_pairs(path: str | Path) -> Pairs:
         codes = {key: values[:] for key, values in file["codes"].items()} if "codes" in file else {}
         facts = {key: value.item() if hasattr(value, "item") else value for key, value in file.attrs.items()}
     return Pairs(**names, **cells, codes=codes, facts=facts)
+
+
+def refuse_leaked_pairs(pairs: Pairs) -> None:
+    """Leakage sentinel: stop when the cells of a test perturbation are among those of ``pairs``.
+
+    The pair stage leaves them out; this guards against a ``pairs.h5`` that was made in another way.
+
+    Raises
+    ------
+    LeakageError
+        Naming the perturbations.
+    """
+    leaked = [pairs.labels[label] for label in pairs.labels_of(TEST) if pairs.n_cells[label]]
+    if leaked:
+        raise LeakageError(
+            f"training would see cells of {len(leaked)} test perturbation(s): {', '.join(leaked[:10])}. "
+            "Fix: delete pairs.h5 and rerun the pair stage"
+        )
 
 
 def trainable_labels(pairs: Pairs) -> np.ndarray:

@@ -79,7 +79,9 @@ def write_predictions(
         },
         index=shown[PERTURBATION].to_numpy(str),
     )
-    predictions = ad.AnnData(expression.astype(np.float32), obs, pd.DataFrame(index=pd.Index(genes, name="gene")))
+    predictions = ad.AnnData(
+        expression.astype(np.float32), obs, pd.DataFrame(index=pd.Index(genes, name="gene"))
+    )
     predictions.uns.update(model=model, provenance=json.dumps(dict(provenance), sort_keys=True))
     if sd is not None:
         predictions.layers[SD_LAYER] = sd.astype(np.float32)

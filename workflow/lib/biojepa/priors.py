@@ -7,7 +7,6 @@ genes leaks nothing.
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from biojepa.errors import InputError
+from biojepa.gene_sets import read_gene_sets
 
 EDGE_COLUMNS = (("gene_a", "gene_b"), ("tf", "target"), ("source", "target"))
 WEIGHT_COLUMNS = ("weight", "score")
@@ -56,7 +56,8 @@ def read_network(path: str | Path) -> pd.DataFrame:
     Raises
     ------
     InputError
-        When the file has no pair of columns that could be an edge, or no edge.
+        When the file has no pair of columns that could be an edge, a weight that is no number, or no
+        edge.
     """
     # Only an empty field is missing: NA is a gene alias. Tabs unless the name says otherwise.
     separator = "," if ".csv" in Path(path).suffixes else "\t"
@@ -76,42 +77,29 @@ def read_network(path: str | Path) -> pd.DataFrame:
         {
             "gene_a": table[first].astype(str),
             "gene_b": table[second].astype(str),
-            "weight": 1.0 if weight is None else pd.to_numeric(weight).abs().to_numpy(),
+            "weight": 1.0 if weight is None else _numbers(weight, path),
         }
     )
     edges = edges[(edges.gene_a != edges.gene_b) & (edges.gene_a != "") & (edges.gene_b != "")]
     if edges.empty:
-        raise InputError(path, "no edge between two different genes", "at least one", "check the two gene columns")
+        raise InputError(
+            path, "no edge between two different genes", "at least one", "check the two gene columns"
+        )
     return edges
 
 
-def read_gene_sets(path: str | Path) -> dict[str, list[str]]:
-    """Read gene sets in GMT format: name, description, genes, separated by tabs.
-
-    Raises
-    ------
-    InputError
-        On a line with fewer than three fields, naming the line, or when the file holds no set.
-    """
-    opener = gzip.open if str(path).endswith(".gz") else open
-    sets: dict[str, list[str]] = {}
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            fields = line.rstrip("\r\n").split("\t")
-            if len(fields) == 1 and not fields[0]:
-                continue
-            genes = list(dict.fromkeys(gene for gene in fields[2:] if gene))
-            if not genes:
-                raise InputError(
-                    f"{path} line {number}",
-                    f"{len(fields)} tab-separated field(s)",
-                    "name, description and at least one gene",
-                    "save the gene sets as GMT, separated by tabs",
-                )
-            sets[fields[0]] = genes
-    if not sets:
-        raise InputError(path, "no gene set", "at least one line", "give a GMT file")
-    return sets
+def _numbers(weight: pd.Series, path: str | Path) -> np.ndarray:
+    """Take the size of the weights ``(edges,)``; a missing one would spread through the whole network."""
+    values = pd.to_numeric(weight, errors="coerce").abs().to_numpy(float)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise InputError(
+            f"{path} line {bad[0] + 2}, column {weight.name}",
+            repr(weight.iloc[bad[0]]),
+            "a number",
+            "give every edge a weight, or drop the column to weigh all edges alike",
+        )
+    return values
 
 
 def _fix_signs(vectors: np.ndarray) -> np.ndarray:
@@ -149,8 +137,13 @@ def network_codes(
     nodes, ends = np.unique(edges[["gene_a", "gene_b"]].to_numpy(str).ravel(), return_inverse=True)
     ends = ends.reshape(-1, 2)
     n = len(nodes)
-    half = sparse.coo_array((edges.weight.to_numpy(float), (ends[:, 0], ends[:, 1])), shape=(n, n)).tocsr()
-    adjacency = half.maximum(half.T)
+    # Files give an edge once, once per direction or once per line of evidence: its largest weight counts.
+    listed = pd.DataFrame(
+        {"a": ends.min(axis=1), "b": ends.max(axis=1), "weight": edges.weight.to_numpy(float)}
+    )
+    once = listed.groupby(["a", "b"], as_index=False).max()
+    half = sparse.coo_array((once.weight, (once.a, once.b)), shape=(n, n)).tocsr()
+    adjacency = half + half.T
     degree = np.asarray(adjacency.sum(axis=1)).ravel()
     walk = (adjacency @ sparse.diags_array(1 / np.maximum(degree, 1e-12))).tocsr()
     wanted = np.intersect1d(np.array(sorted(set(genes)), dtype=str), nodes)
@@ -198,8 +191,26 @@ def read_priors(
     dim: int = 64,
     restart: float = 0.2,
 ) -> list[GeneCodes]:
-    """Read every source named in the config for ``genes``; a source is called after its file."""
-    sources = [network_codes(_source_name(path), read_network(path), genes, dim, restart) for path in networks]
+    """Read every source named in the config for ``genes``; a source is called after its file.
+
+    Raises
+    ------
+    InputError
+        When a file cannot be used, or two files would share a name.
+    """
+    names: set[str] = set()
+    for path in (*networks, *gene_sets):
+        if (name := _source_name(path)) in names:
+            raise InputError(
+                path,
+                f"a second source called {name!r}",
+                "files whose names differ before the first dot",
+                "rename the file",
+            )
+        names.add(name)
+    sources = [
+        network_codes(_source_name(path), read_network(path), genes, dim, restart) for path in networks
+    ]
     sources += [gene_set_codes(_source_name(path), read_gene_sets(path), genes, dim) for path in gene_sets]
     return sources
 
@@ -239,13 +250,3 @@ def require_coverage(sources: Sequence[GeneCodes], genes: Sequence[str], where: 
                 f"symbols such as {', '.join(list(genes)[:3])}",
                 "use a file with the same gene symbols and species, or take it out of the dataset's row",
             )
-
-
-def shuffle_codes(source: GeneCodes, genes: Sequence[str], seed: int) -> GeneCodes:
-    """Permute the codes among ``genes`` (those covered): same geometry, no meaning. A negative control."""
-    covered = source.covered(genes)
-    position = {gene: index for index, gene in enumerate(source.genes)}
-    rows = np.array([position[gene] for gene in covered], dtype=int)
-    values = source.values.copy()
-    values[rows] = source.values[np.random.default_rng(seed).permutation(rows)]
-    return GeneCodes(source.name, source.genes, values)

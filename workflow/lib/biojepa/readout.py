@@ -76,7 +76,9 @@ def fit_readout(
         weight = torch.linalg.solve(gram + penalty * unit * identity, cross)
         readout = Readout(weight.float(), (expression_mean - token_mean @ weight).float())
         error = (
-            float((readout(check_tokens) - check_expression).square().mean()) if len(check_tokens) else penalty
+            float((readout(check_tokens) - check_expression).square().mean())
+            if len(check_tokens)
+            else penalty
         )
         if best is None or error < best[0]:
             best = (error, readout, penalty)

@@ -7,7 +7,7 @@ beside it carries its SHA-256, which every later stage checks before it trusts t
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +171,38 @@ def read_split(path: str | Path, info: str | Path | None = None) -> pd.DataFrame
         )
     table = read_tsv(path, dtype={PERTURBATION: str, SET: str, CATEGORY: str})
     if list(table.columns) != list(SPLIT_COLUMNS):
-        raise InputError(path, f"columns {list(table.columns)}", f"{list(SPLIT_COLUMNS)}", "rerun the pair stage")
+        raise InputError(
+            path, f"columns {list(table.columns)}", f"{list(SPLIT_COLUMNS)}", "rerun the pair stage"
+        )
     return table.fillna({CATEGORY: ""})
+
+
+def require_same_split(facts: Mapping[str, Any], path: str | Path, what: str | Path) -> None:
+    """Leakage sentinel: stop when something was made with another split than the one at ``path``.
+
+    A model of another fold was trained on perturbations that this fold tests.
+
+    Parameters
+    ----------
+    facts
+        Of ``pairs.h5`` or of a model; holds ``split_sha256``.
+    path
+        The ``split.tsv`` in use.
+    what
+        The file that the facts came from, for the message.
+
+    Raises
+    ------
+    LeakageError
+        Naming both files.
+    """
+    made_with, here = facts.get("split_sha256"), sha256_of(path)
+    if made_with != here:
+        raise LeakageError(
+            f"{what} was made with a split of SHA-256 {made_with}, but {path} has {here}, so that it may "
+            "have seen what this split holds out. Fix: use the files of one fold together, or rerun from "
+            "the pair stage"
+        )
 
 
 def labels_in(table: pd.DataFrame, *sets: str) -> list[str]:

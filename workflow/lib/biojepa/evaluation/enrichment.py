@@ -19,6 +19,7 @@ from scipy import stats
 from biojepa.errors import InputError
 from biojepa.evaluation.settings import EnrichmentSettings
 from biojepa.evaluation.truth import FoldTruth
+from biojepa.gene_sets import read_gene_sets
 
 ENRICHMENT_COLUMNS = (
     "model",
@@ -34,13 +35,13 @@ ENRICHMENT_COLUMNS = (
 MIN_SHARED_SETS = 5
 
 
-def read_gene_sets(path: str | Path, genes: pd.Index, settings: EnrichmentSettings) -> dict[str, list[str]]:
+def choose_gene_sets(path: str | Path, genes: pd.Index, settings: EnrichmentSettings) -> dict[str, list[str]]:
     """Read a GMT file, keep measured genes, and choose the gene sets to test.
 
     Parameters
     ----------
     path
-        Tab-separated: name, description, genes.
+        GMT file, see :func:`~biojepa.gene_sets.read_gene_sets`.
     genes
         Measured genes.
     settings
@@ -56,25 +57,9 @@ def read_gene_sets(path: str | Path, genes: pd.Index, settings: EnrichmentSettin
     InputError
         If a line is malformed, a name occurs twice, or no set has enough measured genes.
     """
-    measured, sets, seen_any = set(genes), {}, False
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        name, *rest = line.rstrip("\r\n").split("\t")
-        if len(rest) < 2:
-            raise InputError(
-                f"{path}, line {number}",
-                f"{len(rest) + 1} columns",
-                "name, description and genes, tab-separated",
-                "give a GMT file",
-            )
-        if name in sets:
-            raise InputError(
-                f"{path}, line {number}", f"gene set {name!r} a second time", "unique names", "rename it"
-            )
-        sets[name] = sorted(measured.intersection(gene.strip() for gene in rest[1:]))
-        seen_any = seen_any or bool(sets[name])
-    if not seen_any:
+    measured = set(genes)
+    sets = {name: sorted(measured.intersection(members)) for name, members in read_gene_sets(path).items()}
+    if not any(sets.values()):
         raise InputError(
             path,
             f"no gene in common with the {len(genes)} measured ones, e.g. {list(genes[:3])}",

@@ -24,11 +24,11 @@ from biojepa.contracts import (
 from biojepa.errors import InputError
 from biojepa.evaluation.enrichment import (
     ENRICHMENT_COLUMNS,
+    choose_gene_sets,
     choose_perturbations,
     enrichment_scores,
     enrichment_table,
     pathway_correlation,
-    read_gene_sets,
 )
 from biojepa.evaluation.metrics import METRICS, all_metrics
 from biojepa.evaluation.observed import observed_means
@@ -235,7 +235,7 @@ def _enrich(
     best = _best_baseline(scores, whole, settings)
     wanted |= {best} if best else set()
     union = pd.Index(sorted(set().union(*(fold.truth.genes for fold in folds))))
-    gene_sets = read_gene_sets(gene_sets_path, union, settings.enrichment)
+    gene_sets = choose_gene_sets(gene_sets_path, union, settings.enrichment)
     chosen = choose_perturbations([fold.truth for fold in folds], settings.enrichment.max_perturbations)
     parts = []
     for fold in folds:

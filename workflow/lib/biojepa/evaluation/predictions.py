@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,7 @@ def read_prediction(file: PredictionFile, truth: FoldTruth, split: FoldSplit) ->
     """
     content = ad.read_h5ad(file.path)
     _check_rows(content.obs, file.path, split)
+    _check_provenance(content.uns.get("provenance"), file.path, split)
     rows = pd.Index(content.obs[PERTURBATION].astype(str)).get_indexer(truth.perturbations)
     columns = pd.Index(content.var_names.astype(str)).get_indexer(truth.genes)
     if (rows < 0).any():
@@ -159,6 +161,18 @@ def _check_rows(obs: pd.DataFrame, path: Path, split: FoldSplit) -> None:
             if isinstance(in_split, str)
             else f"a perturbation of {split.path}",
             "these predictions were made for another split; run the model again on this one",
+        )
+
+
+def _check_provenance(provenance: str | None, path: Path, split: FoldSplit) -> None:
+    """Raise an InputError if the file says that it was made with another split; it need not say."""
+    made_with = json.loads(provenance).get("split_sha256") if provenance else None
+    if made_with is not None and made_with != split.info.get("sha256"):
+        raise InputError(
+            f"{path}, uns['provenance']",
+            f"predictions made with a split of SHA-256 {made_with}",
+            f"{split.info.get('sha256')}, that of {split.path}",
+            "run the model again on this split; the other one may have trained on what this one tests",
         )
 
 

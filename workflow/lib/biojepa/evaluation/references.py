@@ -36,7 +36,8 @@ def duplicates(
         (rows, genes) mean log-expression of half A.
     ``interpolated_duplicate``
         α · half A + (1 - α) · mean of the training perturbations, per gene, with α = 1 - the
-        Benjamini-Hochberg adjusted p of Welch's t of half A against control: noise is replaced by
+        Benjamini-Hochberg adjusted p of Welch's t of half A against control (variance of half A no smaller than
+        the control's): noise is replaced by
         the mean, signal is kept.
     """
     moments = collect_moments(cells_path, pd.Index(genes), half_seed)
@@ -46,7 +47,7 @@ def duplicates(
     training, _, _ = moments.of(labels_in(split, TRAIN), pd.Index(genes))
     p = stats.ttest_ind_from_stats(
         mean,
-        np.sqrt(variance),
+        np.sqrt(np.maximum(variance, control_variance)),
         n[:, None],
         control,
         np.sqrt(control_variance),

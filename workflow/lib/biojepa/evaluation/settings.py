@@ -19,7 +19,6 @@ SIMPLE_BASELINES = (
     "ridge",
     "kernel_ridge",
     "knn",
-    "mlp",
 )
 """Models that a new one must beat: no learned representation, seconds to fit."""
 

@@ -100,11 +100,18 @@ class MetricTable:
 
     def difference(self, model: str, other: str) -> np.ndarray:
         """Return by how much a model is better than another, per perturbation scored by both."""
+        gain = self.gains(model, other)
+        return np.array([]) if gain is None else gain[np.isfinite(gain)]
+
+    def gains(self, model: str, other: str) -> np.ndarray | None:
+        """Return by how much a model is better than another, (perturbations,), NaN where one has no score.
+
+        A tie is exactly 0. None for whole-model metrics and where a model is missing.
+        """
         first, second = self.column(model), self.column(other)
         if self.values is None or first is None or second is None:
-            return np.array([])
+            return None
         gain = self.metric.goodness(self.values[:, first]) - self.metric.goodness(self.values[:, second])
-        gain = gain[np.isfinite(gain)]
         return np.where(np.abs(gain) <= TIE, 0.0, gain)
 
 
@@ -241,11 +248,8 @@ def paired_difference(
     table: MetricTable, model: str, other: str, confidence: float
 ) -> tuple[float, float, float]:
     """Return the mean gain of a model over another and its bootstrap interval; positive is better."""
-    first, second = table.column(model), table.column(other)
-    if table.values is None or first is None or second is None:
-        return (np.nan, np.nan, np.nan)
-    gain = table.metric.goodness(table.values[:, first]) - table.metric.goodness(table.values[:, second])
-    if not np.isfinite(gain).any():
+    gain = table.gains(model, other)
+    if gain is None or not np.isfinite(gain).any():
         return (np.nan, np.nan, np.nan)
     low, high = interval(bootstrap_means(gain[:, None], table.scope.counts), confidence)
     return float(np.nanmean(gain)), float(low[0]), float(high[0])

@@ -218,9 +218,9 @@ class FoldTruth:
     @cached_property
     def weights(self) -> np.ndarray:
         """Squared Welch t of half A against control, each row summing to 1, (perturbations, genes)."""
+        variance = self.floored(self.var_a)
         squared = (
-            welch_t(self.half_a, self.var_a, self.n_a, self.control_mean, self.control_var, self.n_control)
-            ** 2
+            welch_t(self.half_a, variance, self.n_a, self.control_mean, self.control_var, self.n_control) ** 2
         )
         total = squared.sum(axis=1, keepdims=True)
         return np.divide(squared, total, out=np.zeros_like(squared), where=total > 0)
@@ -239,10 +239,21 @@ class FoldTruth:
     def top_genes(self) -> np.ndarray:
         """Columns of the 20 genes of largest |Welch t| of all cells against control, (perturbations, 20)."""
         n = self.n_a + self.n_b
-        t = welch_t(self.all_cells, self.var_all, n, self.control_mean, self.control_var, self.n_control)
+        variance = self.floored(self.var_all)
+        t = welch_t(self.all_cells, variance, n, self.control_mean, self.control_var, self.n_control)
         return np.argsort(-np.abs(t), axis=1, kind="stable")[:, :TOP_GENES]
 
+    def floored(self, variance: np.ndarray) -> np.ndarray:
+        """Variance of perturbed cells (perturbations, genes), no smaller than that of the controls.
+
+        A rare gene that fifty cells miss by chance has variance 0 among them, so its t is huge: without
+        the floor such genes carry most of the weight, and the duplicate, which is the half that chose
+        them, scores worse than models do.
+        """
+        return np.maximum(variance, self.control_var)
+
     def _significant(self, mean: np.ndarray, variance: np.ndarray, n: np.ndarray) -> np.ndarray:
+        variance = self.floored(variance)
         with np.errstate(invalid="ignore", divide="ignore"):
             p_values = stats.ttest_ind_from_stats(
                 mean,

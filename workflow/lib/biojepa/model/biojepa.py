@@ -74,7 +74,13 @@ class BioJEPA(nn.Module):
     def _predictor(self) -> ConditionalPredictor:
         config = self.config
         return ConditionalPredictor(
-            self.num_tokens, self.dim, config.width, config.condition_dim, config.depth, config.heads, config.dropout
+            self.num_tokens,
+            self.dim,
+            config.width,
+            config.condition_dim,
+            config.depth,
+            config.heads,
+            config.dropout,
         )
 
     def change(self, context: Tensor, membership: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ def require_shape(name: str, x: Tensor, expected: tuple[int | None, ...]) -> Non
     ValueError
         Giving both shapes.
     """
-    if x.ndim != len(expected) or any(e is not None and e != s for e, s in zip(expected, x.shape, strict=True)):
+    if x.ndim != len(expected) or any(
+        e is not None and e != s for e, s in zip(expected, x.shape, strict=True)
+    ):
         wanted = tuple("any" if size is None else size for size in expected)
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {wanted}")
 

@@ -51,7 +51,9 @@ class GeneExpressionEncoder(nn.Module):
         self.to_tokens = nn.Linear(width, num_tokens * embed_dim)
         self.position = position_embedding(num_tokens, embed_dim)
         self.library = nn.Linear(1, embed_dim) if library_token else None
-        self.blocks = nn.ModuleList(TransformerBlock(embed_dim, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(embed_dim, heads, mlp_ratio, dropout) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, x: Tensor, log_library: Tensor | None = None) -> Tensor:

@@ -43,7 +43,9 @@ class VICRegLoss(nn.Module):
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
         self.gamma, self.flatten = gamma, flatten
 
-    def forward(self, predicted: Tensor, target: Tensor, *regularized: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, predicted: Tensor, target: Tensor, *regularized: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss.
 
         Parameters

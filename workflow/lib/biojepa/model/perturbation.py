@@ -50,7 +50,8 @@ class PerturbationEncoder(nn.Module):
             require_shape(f"codes[{name!r}]", values, (n_genes, None))
             self.register_buffer(f"codes_{name}", values.float())
         self.project = nn.ModuleList(
-            nn.Sequential(nn.Linear(values.shape[1], dim), nn.LayerNorm(dim), nn.GELU()) for values in codes.values()
+            nn.Sequential(nn.Linear(values.shape[1], dim), nn.LayerNorm(dim), nn.GELU())
+            for values in codes.values()
         )
         self.register_buffer("seen", seen.bool())
         self.gene = nn.Embedding(n_genes, dim) if learned else None

@@ -46,7 +46,7 @@ def read_screen(source: ScreenSource) -> ad.AnnData:
     path = Path(source.path)
     if not path.exists():
         raise InputError(
-            path, "nothing there", "the raw data of the screen", "correct `path` in the dataset table"
+            path, "nothing there", "the raw data of the screen", "correct `source` in the dataset table"
         )
     read = _read_10x if _format_of(source) == "10x_mtx" else _read_h5ad
     counts, obs, var, notes = read(path, source)

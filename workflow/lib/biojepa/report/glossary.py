@@ -182,9 +182,11 @@ _MODELS = {
     "linear": ("Linear (gene PCs)", "bilinear model on gene principal components, Ahlmann-Eltze et al. 2025"),
     "multihot": ("Multi-hot ridge", "ridge regression on which genes are perturbed"),
     "ridge": ("Prior ridge", "ridge regression on the prior codes of the perturbed genes"),
-    "kernel_ridge": ("Kernel ridge", "kernel ridge regression on the prior codes"),
+    "kernel_ridge": (
+        "Kernel ridge",
+        "additive kernel ridge on perturbed genes and prior codes: BioJEPA's linear branch alone",
+    ),
     "knn": ("Nearest neighbours", "mean of the training perturbations nearest in the prior codes"),
-    "mlp": ("Additive MLP", "small network on means per perturbation"),
     "biojepa_predictor": ("Predictor alone", "the latent predictor alone"),
     "biojepa_predictor_noprior": ("Predictor, no priors", "latent predictor without side information"),
     "biojepa_predictor_shuffled": (
@@ -194,8 +196,6 @@ _MODELS = {
     "pca_predictor": ("PCA + predictor", "principal components in place of the encoder"),
     "untrained_predictor": ("Untrained + predictor", "the encoder at its random start"),
     "biojepa_flat": ("BioJEPA, flat loss", "regularizer over flattened tokens"),
-    "biojepa_ridge": ("BioJEPA + ridge", "trained encoder with a ridge in place of the predictor"),
-    "biojepa_knn": ("BioJEPA + neighbours", "trained encoder with neighbours in place of the predictor"),
     "shuffled_labels": ("Shuffled labels", "trained on training labels in random order"),
     "shuffled_priors": ("Shuffled priors", "prior codes dealt out to the wrong genes"),
     "random_codes": ("Random codes", "random numbers in place of the prior codes"),
@@ -225,7 +225,7 @@ def model_text(name: str, main_model: str = "biojepa") -> ModelText:
         group = POSITIVE
     elif name in contracts.NEGATIVE_CONTROLS:
         group = NEGATIVE
-    elif name in contracts.LINEAR_BASELINES or name == "mlp":
+    elif name in contracts.LINEAR_BASELINES:
         group = BASELINE
     elif name in LATENT_MODELS or name.startswith(("biojepa_", "pca_", "untrained_")):
         group = ABLATION

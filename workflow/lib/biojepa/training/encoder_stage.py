@@ -56,23 +56,23 @@ class EncoderSettings:
     ema
         Initial momentum of the teacher.
     action_weight
-        Weight of the action-recovery term: the perturbation must be readable from the pair of a cell
-        and its matched control, or the encoder may drop it for what is easier to predict.
+        Weight of the action-recovery term: the perturbation must be readable from a masked cell's
+        tokens relative to those of controls, or the encoder may drop it for what is easier to predict.
     monitor_every, checkpoint_every
         Steps between measurements of collapse, and between checkpoints.
     """
 
-    hidden: tuple[int, ...] = (512, 256)
+    hidden: tuple[int, ...] = (512,)
     num_tokens: int = 8
     embed_dim: int = 64
-    depth: int = 2
+    depth: int = 1
     heads: int = 4
     dropout: float = 0.1
     predictor_width: int = 64
-    predictor_depth: int = 2
-    steps: int = 1000
-    batch_size: int = 256
-    learning_rate: float = 1e-3
+    predictor_depth: int = 1
+    steps: int = 500
+    batch_size: int = 128
+    learning_rate: float = 2e-3
     weight_decay: float = 0.02
     mask_low: float = 0.3
     mask_high: float = 0.6
@@ -81,7 +81,7 @@ class EncoderSettings:
     covariance: float = 1.0
     regularizer: str = "per_token"
     ema: float = 0.996
-    action_weight: float = 0.1
+    action_weight: float = 3.0
     monitor_every: int = 100
     checkpoint_every: int = 500
 
@@ -104,7 +104,6 @@ def train_encoder(
     embedding: CellEmbedding,
     cells: torch.Tensor,
     classes: torch.Tensor,
-    partner: torch.Tensor,
     settings: EncoderSettings,
     seed: int,
     checkpoint: Checkpoint,
@@ -121,8 +120,6 @@ def train_encoder(
         (N,) training cells: controls and training perturbations.
     classes
         (cells of the store,) training perturbation of each cell, -1 for control.
-    partner
-        (cells of the store,) matched control of each cell.
     settings, seed, checkpoint
         Of the run.
 
@@ -140,7 +137,11 @@ def train_encoder(
     student = embedding.body
     teacher = frozen_copy(student)
     predictor = JEPAPredictor(
-        settings.num_tokens, settings.embed_dim, settings.predictor_width, settings.predictor_depth, settings.heads
+        settings.num_tokens,
+        settings.embed_dim,
+        settings.predictor_width,
+        settings.predictor_depth,
+        settings.heads,
     ).to(device)
     n_classes = int(classes.max()) + 1 if len(classes) else 0
     action = nn.Linear(settings.embed_dim * settings.num_tokens, max(n_classes, 1)).to(device)
@@ -151,7 +152,6 @@ def train_encoder(
     optimizer = make_optimizer((student, predictor, action), settings.weight_decay, device)
     batch_size = min(settings.batch_size, len(cells))
     monitored = cells[torch.linspace(0, len(cells) - 1, min(MONITOR_CELLS, len(cells))).long().to(device)]
-    perturbed = cells[classes[cells] >= 0]
     history: list[dict[str, float]] = []
     start = 0
     if state := checkpoint.load():
@@ -161,7 +161,12 @@ def train_encoder(
         start, history = state["step"], state["history"]
 
     progress = tqdm(
-        range(start, settings.steps), "encoder", initial=start, total=settings.steps, mininterval=2, file=sys.stderr
+        range(start, settings.steps),
+        "encoder",
+        initial=start,
+        total=settings.steps,
+        mininterval=2,
+        file=sys.stderr,
     )
     for step in progress:
         seed_step(seed, STAGE, step)
@@ -169,15 +174,14 @@ def train_encoder(
         x, library = embedding.inputs(store.rows(chosen), store.log_library[chosen])
         hidden = gene_mask(len(x), x.shape[1], settings.mask_low, settings.mask_high, device)
         # Like dropout: what is left is scaled up, so that the first layer sees the same total.
-        visible = x.masked_fill(hidden, 0) / (1 - hidden.float().mean(dim=1, keepdim=True))
+        shown = (~hidden).float().mean(dim=1, keepdim=True).clamp(min=1 / x.shape[1])
+        visible = x.masked_fill(hidden, 0) / shown
         with torch.no_grad():
             target = teacher(x, library)
         context = student(visible, library)
         loss, parts = criterion(predictor(context), target, context)
         if settings.action_weight and n_classes > 1:
-            loss = loss + settings.action_weight * _action_loss(
-                store, embedding, action, perturbed, classes, partner, batch_size // 2
-            )
+            loss = loss + settings.action_weight * _action_loss(context, classes[chosen], action)
         apply_gradients(optimizer, loss, learning_rate(step, settings.steps, settings.learning_rate))
         move_average(teacher, student, ema_decay(step, settings.steps, settings.ema))
 
@@ -185,7 +189,12 @@ def train_encoder(
         if done % settings.monitor_every == 0 or done == settings.steps:
             measured = statistics(_tokens(teacher, embedding, store, monitored), classes[monitored])
             history.append(
-                {"step": done, "loss": float(loss.detach()), **{k: float(v) for k, v in parts.items()}, **measured}
+                {
+                    "step": done,
+                    "loss": float(loss.detach()),
+                    **{k: float(v) for k, v in parts.items()},
+                    **measured,
+                }
             )
             progress.set_postfix(loss=f"{history[-1]['loss']:.2f}", rank=f"{measured['rankme']:.0f}")
             if done * 2 > settings.steps:
@@ -198,23 +207,27 @@ def train_encoder(
     return history
 
 
-def _action_loss(
-    store: CellStore,
-    embedding: CellEmbedding,
-    action: nn.Linear,
-    perturbed: torch.Tensor,
-    classes: torch.Tensor,
-    partner: torch.Tensor,
-    size: int,
-) -> torch.Tensor:
-    """Cross-entropy of naming the training perturbation from z(cell) - z(matched control)."""
-    chosen = perturbed[torch.randint(len(perturbed), (size,), device=store.device)]
-    both = torch.cat([chosen, partner[chosen]])
-    tokens = embedding.body(*embedding.inputs(store.rows(both), store.log_library[both])).flatten(1)
-    return F.cross_entropy(action(tokens[:size] - tokens[size:]), classes[chosen])
+def _action_loss(context: torch.Tensor, classes: torch.Tensor, action: nn.Linear) -> torch.Tensor:
+    """Cross-entropy of naming the training perturbation from z(cell) - mean z(controls of the batch).
+
+    Parameters
+    ----------
+    context
+        (B, T, D) tokens of the masked cells: the term costs no further pass through the encoder.
+    classes
+        (B,) training perturbation, -1 for control.
+    """
+    is_control = classes < 0
+    z = context.flatten(1)
+    reference = z[is_control].mean(dim=0) if is_control.any() else z.mean(dim=0)
+    # Without a perturbed cell in the batch the sum over none is zero, and so is its gradient.
+    loss = F.cross_entropy(action(z[~is_control] - reference), classes[~is_control], reduction="sum")
+    return loss / max(int((~is_control).sum()), 1)
 
 
 @torch.no_grad()
-def _tokens(teacher: nn.Module, embedding: CellEmbedding, store: CellStore, cells: torch.Tensor) -> torch.Tensor:
+def _tokens(
+    teacher: nn.Module, embedding: CellEmbedding, store: CellStore, cells: torch.Tensor
+) -> torch.Tensor:
     parts = [teacher(*embedding.inputs(store.rows(c), store.log_library[c])) for c in cells.split(1024)]
     return torch.cat(parts)

@@ -39,7 +39,9 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 
-def make_optimizer(modules: Iterable[nn.Module], weight_decay: float, device: torch.device) -> torch.optim.AdamW:
+def make_optimizer(
+    modules: Iterable[nn.Module], weight_decay: float, device: torch.device
+) -> torch.optim.AdamW:
     """AdamW; norms, biases and embeddings of position (all of fewer than two real axes) are not decayed."""
     decayed, spared = [], []
     for module in modules:

@@ -50,9 +50,9 @@ class PredictorSettings:
     condition_dim: int = 64
     source_dropout: float = 0.2
     interaction: bool = True
-    steps: int = 600
+    steps: int = 400
     batch_size: int = 32
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-3
     weight_decay: float = 0.05
     population: int = 32
     ema: float = 0.98
@@ -125,7 +125,12 @@ def train_predictor(
         start, history = state["step"], state["history"]
 
     progress = tqdm(
-        range(start, settings.steps), "predictor", initial=start, total=settings.steps, mininterval=2, file=sys.stderr
+        range(start, settings.steps),
+        "predictor",
+        initial=start,
+        total=settings.steps,
+        mininterval=2,
+        file=sys.stderr,
     )
     model.train()
     for step in progress:

@@ -1,0 +1,287 @@
+"""The config is checked before the first job: defaults, refusals, overrides, and what the manual says."""
+
+import re
+from copy import deepcopy
+from dataclasses import MISSING, asdict, fields
+
+import pytest
+import yaml
+
+from biojepa.config import ConfigError, load_config
+from biojepa.contracts import LINEAR_BASELINES
+from biojepa.evaluation.settings import EnrichmentSettings, EvaluationSettings
+from biojepa.guides import GuideAssignment
+from biojepa.models import LATENT_MODELS, known_models
+from biojepa.pairing import PairSettings
+from biojepa.preprocess import PreprocessSettings
+from biojepa.raw import ScreenSource
+from biojepa.simulate import SimulatorSettings
+from biojepa.training import TrainSettings
+from biojepa.training.encoder_stage import EncoderSettings
+from biojepa.training.predictor_stage import PredictorSettings
+from workflow_case import REPO
+
+SCHEMAS = REPO / "workflow" / "schemas"
+MANUAL = REPO / "config" / "README.md"
+SECTION_OF = {
+    "download.simulator": SimulatorSettings,
+    "preprocess": PreprocessSettings,
+    "preprocess.guide_assignment": GuideAssignment,
+    "pair": PairSettings,
+    "train": TrainSettings,
+    "train.encoder": EncoderSettings,
+    "train.predictor": PredictorSettings,
+    "evaluate": EvaluationSettings,
+    "evaluate.enrichment": EnrichmentSettings,
+}
+# Keys of a section that its settings class does not have, with where they are used.
+ELSEWHERE = {"train": {"baselines"}}
+TABLE = (
+    "dataset\tsource\tnetworks\tpathways\n"
+    "demo\tsimulator\t{download}/network.tsv.gz\t\n"
+    "mine\t{data_dir}/mine.h5ad\t\t\n"
+    "web\thttps://example.org/a/web%20screen.h5ad?x=1\t\t\n"
+)
+
+
+def schema_of(name="config"):
+    return yaml.safe_load((SCHEMAS / f"{name}.schema.yaml").read_text(encoding="utf-8"))
+
+
+def leaves(schema, prefix=""):
+    """Yield every key that holds a value, with its part of the schema."""
+    for key, part in schema["properties"].items():
+        if "properties" in part:
+            yield from leaves(part, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", part
+
+
+def section(schema, path):
+    for key in path.split("."):
+        schema = schema["properties"][key]
+    return schema
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a table of datasets."""
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "datasets.tsv").write_text(TABLE, encoding="utf-8")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.h5ad").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(**config):
+    return load_config({"run": ["demo"], **config}, SCHEMAS)
+
+
+@pytest.mark.parametrize("path", SECTION_OF)
+def test_defaults_of_the_schema_are_those_of_the_code(path):
+    part, cls = section(schema_of(), path), SECTION_OF[path]
+    defaults = {}
+    for entry in fields(cls):
+        default = entry.default_factory() if entry.default is MISSING else entry.default
+        if not hasattr(default, "__dataclass_fields__"):
+            defaults[entry.name] = list(default) if isinstance(default, tuple) else default
+    nested = {key for key, sub in part["properties"].items() if "properties" in sub}
+    written = {key: sub["default"] for key, sub in part["properties"].items() if key not in nested}
+    for key in ELSEWHERE.get(path, ()):
+        written.pop(key, None)
+    assert written == defaults
+
+
+def test_columns_of_the_table_are_the_fields_of_a_screen_and_where_it_comes_from():
+    columns = set(schema_of("datasets")["properties"])
+    others = {"source", "checksum", "networks", "gene_sets", "pathways"}
+    assert columns - others == {entry.name for entry in fields(ScreenSource)} - {"path"}
+    assert others < columns
+
+
+def test_every_key_says_what_it_is():
+    for name in ("config", "datasets"):
+        missing = [key for key, part in leaves(schema_of(name)) if len(part.get("description", "")) < 8]
+        assert missing == []
+
+
+def test_every_key_but_run_has_a_default_and_it_is_valid(folder):
+    without = [key for key, part in leaves(schema_of()) if "default" not in part]
+    assert without == ["run"]
+    # A default that its own schema refuses would surprise who writes it down.
+    full = load().content
+    assert load_config(deepcopy(full), SCHEMAS).content == full
+
+
+def test_the_manual_has_every_key_and_no_other():
+    if not MANUAL.is_file():
+        pytest.fail(f"{MANUAL} is missing")
+    listed = re.findall(r"^\| `([a-z0-9_.]+)` \|", MANUAL.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(key for key, _ in leaves(schema_of()))
+
+
+def test_the_manual_gives_the_defaults_of_the_schema():
+    rows = re.findall(
+        r"^\| `([a-z0-9_.]+)` \| `([^`]*)` \|", MANUAL.read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    defaults = {key: part.get("default") for key, part in leaves(schema_of())}
+    assert len(rows) > 90
+    assert {key: yaml.safe_load(value) for key, value in rows} == {key: defaults[key] for key, _ in rows}
+
+
+def test_the_manual_names_every_column_and_every_model():
+    text = MANUAL.read_text(encoding="utf-8")
+    assert re.findall(r"^\| \*\*([a-z_]+)\*\* \|", text, flags=re.MULTILINE) == list(
+        schema_of("datasets")["properties"]
+    )
+    named = set(re.findall(r"\*\*([a-z_]+)\*\*", text.split("## Models", 1)[1]))
+    assert set(known_models()) <= named
+
+
+def test_models_of_the_schema_are_those_of_the_code():
+    part = schema_of()["properties"]["models"]
+    assert part["items"]["enum"] == [*LINEAR_BASELINES, *LATENT_MODELS]
+
+
+def test_the_demo_config_is_valid(monkeypatch):
+    monkeypatch.chdir(REPO)
+    content = yaml.safe_load((REPO / "config/config.yaml").read_text(encoding="utf-8"))
+    config = load_config(content, SCHEMAS)
+    assert config.datasets == ["demo"]
+    assert config.source("demo").is_simulated
+
+
+def test_an_override_changes_one_dataset_and_one_key(folder):
+    config = load(
+        run=["demo", "mine"],
+        preprocess={"target_sum": 500},
+        overrides={"mine": {"preprocess": {"guide_assignment": {"min_umis": 9}}}},
+    )
+    changed, other = (config.settings(name, "preprocess") for name in ("mine", "demo"))
+    assert changed["guide_assignment"] == {**asdict(GuideAssignment()), "min_umis": 9}
+    assert other["guide_assignment"] == asdict(GuideAssignment())
+    assert changed["target_sum"] == other["target_sum"] == 500
+
+
+def test_folds_are_all_unless_chosen(folder):
+    assert load().folds("demo") == [0, 1, 2, 3, 4]
+    assert load(folds=[3]).folds("demo") == [3]
+    assert load(overrides={"demo": {"pair": {"n_folds": 3}}}).folds("demo") == [0, 1, 2]
+
+
+def test_sources_know_where_their_files_are(folder):
+    config = load(run=["demo", "mine", "web"])
+    demo, mine, web = (config.source(name) for name in config.datasets)
+    assert (demo.path, demo.raw_inputs) == ("resources/datasets/demo/raw.h5ad",) * 1 + (
+        ["resources/datasets/demo/raw.h5ad"],
+    )
+    assert demo.networks == ["resources/datasets/demo/network.tsv.gz"]
+    assert (mine.path, mine.downloads) == ("data/mine.h5ad", [])
+    assert web.downloads == [web.path] == ["resources/datasets/web/web screen.h5ad"]
+    assert config.pattern("simulated") == "demo"
+    assert config.pattern("downloaded") == "web"
+    assert load().pattern("downloaded") == "(?!)"
+
+
+def test_a_folder_is_read_file_by_file(folder):
+    screen = folder / "data" / "screen"
+    screen.mkdir()
+    for name in ("matrix.mtx.gz", "features.tsv.gz", "barcodes.tsv.gz"):
+        (screen / name).touch()
+    (folder / "config/datasets.tsv").write_text(
+        "dataset\tsource\tguide_table\nten\t{data_dir}/screen\t{data_dir}/mine.h5ad\n", encoding="utf-8"
+    )
+    assert load(run=["ten"]).source("ten").raw_inputs == [
+        "data/screen/barcodes.tsv.gz",
+        "data/screen/features.tsv.gz",
+        "data/screen/matrix.mtx.gz",
+        "data/mine.h5ad",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trian": {}}, r"^config: unknown key trian\. Did you mean train\?$"),
+        ({"pair": {"nfolds": 3}}, r"^config, key pair: unknown key pair\.nfolds\. Did you mean n_folds\?$"),
+        ({"embed": {"zzz": 1}}, r"unknown key embed\.zzz\. Known keys: umap_seed\."),
+        (
+            {"pair": {"n_folds": "three"}},
+            r"^config, key pair\.n_folds: 'three' is not of type 'integer'\. Folds",
+        ),
+        ({"pair": {"n_folds": 1}}, r"key pair\.n_folds: 1 is less than the minimum of 2"),
+        ({"pair": {"restart": 1.0}}, r"key pair\.restart: 1\.0 is greater than or equal to"),
+        ({"evaluate": {"draws": 5}}, r"key evaluate\.draws: 5 is less than the minimum of 100"),
+        ({"train": {"device": "gpu"}}, r"key train\.device: 'gpu' is not one of \['auto', 'cpu', 'cuda'\]"),
+        ({"preprocess": None}, r"key preprocess: None is not of type 'object'"),
+        ({"run": []}, r"key run: \[\] should be non-empty"),
+        ({"run": "demo"}, r"key run: 'demo' is not of type 'array'"),
+        ({"run": ["demo", "demo"]}, r"key run: \['demo', 'demo'\] has non-unique elements"),
+        ({"run": ["demmo"]}, r"run: demmo is in 0 rows of config/datasets\.tsv.*Did you mean demo\?"),
+        ({"models": ["mean", "gears"]}, r"key models\.1: 'gears' is not one of"),
+        ({"models": ["ridge"]}, r"key models: .*does not contain.*training mean is always needed"),
+        (
+            {"models": ["mean", "shuffled_priors", "pca_predictor"], "evaluate": {"model": "pca_predictor"}},
+            "shuffled_priors reuses the encoder of biojepa; add biojepa to the list",
+        ),
+        ({"evaluate": {"model": "gears"}}, r"evaluate\.model: found gears; expected one of models"),
+        ({"folds": [0, 7]}, r"^config, folds: found \[7\]; expected 0 to 4, since pair\.n_folds is 5$"),
+        ({"folds": [-1]}, "key folds.0: -1 is less than the minimum of 0"),
+        ({"datasets": "nowhere.tsv"}, r"^config, datasets: no file nowhere\.tsv\. Fix: name the table"),
+        ({"overrides": {"dmeo": {}}}, r"overrides\.dmeo: expected a dataset of config/datasets\.tsv: demo"),
+        ({"overrides": {"demo": {"folds": [1]}}}, r"config, overrides\.demo: unknown key folds"),
+        (
+            {"overrides": {"demo": {"pair": {"seeds": 1}}}},
+            r"overrides\.demo, key pair: unknown key pair\.seeds",
+        ),
+        (
+            {"data_dir": "lost", "run": ["mine"]},
+            r"datasets\.tsv, row mine, column source: no file lost/mine\.h5ad",
+        ),
+    ],
+)
+def test_a_bad_config_is_refused_by_a_message_that_names_the_key(folder, change, message):
+    with pytest.raises(ConfigError, match=message):
+        load(**change)
+
+
+def test_all_problems_are_told_at_once(folder):
+    with pytest.raises(ConfigError) as caught:
+        load(trian={}, pair={"n_folds": 0}, train={"device": "gpu"})
+    text = str(caught.value)
+    assert text.startswith("several problems:\n- ")
+    assert all(part in text for part in ("trian", "pair.n_folds", "train.device"))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            "dataset,source\ndemo,simulator\n",
+            "found columns.*expected a column dataset. Fix: separate columns by tabs",
+        ),
+        (
+            "dataset\tsource\tsorce\ndemo\tsimulator\tx\n",
+            r"row demo: unknown key sorce\. Did you mean source\?",
+        ),
+        ("dataset\tsource\ndemo\t\n", "row demo: 'source' is a required property"),
+        ("dataset\tsource\ndemo\tsimulator\ndemo\tsimulator\n", "demo is in 2 rows of"),
+        (
+            "dataset\tsource\tchecksum\ndemo\thttps://a.org/b\t123\n",
+            "row demo, key checksum: '123' does not match",
+        ),
+        (
+            "dataset\tsource\tperturbation_type\ndemo\tsimulator\tCRISPR\n",
+            "perturbation_type: 'CRISPR' is not one of",
+        ),
+        (
+            "dataset\tsource\tpathways\ndemo\tsimulator\tdata/mine.h5ad;data/mine.h5ad\n",
+            "pathways: expected one GMT",
+        ),
+    ],
+)
+def test_a_bad_table_is_refused_by_a_message_that_names_the_row(folder, table, message):
+    (folder / "config/datasets.tsv").write_text(table, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load()

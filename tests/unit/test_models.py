@@ -1,0 +1,71 @@
+"""What the names of models mean to the workflow."""
+
+import subprocess
+import sys
+
+import pytest
+
+from biojepa.contracts import LINEAR_BASELINES, POSITIVE_CONTROLS
+from biojepa.models import ORACLES, REFERENCES, encoder_source, is_baseline, known_models, resolve_settings
+from biojepa.training import TrainSettings
+
+TRAIN = {
+    "embedding": "jepa",
+    "linear_branch": True,
+    "priors": "given",
+    "encoder": {"regularizer": "per_token", "steps": 7},
+    "predictor": {"steps": 5},
+    "device": "cpu",
+    "torch_threads": 1,
+    "baselines": {"neighbours": 3, "seed": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "embedding", "linear_branch", "priors", "regularizer"),
+    [
+        ("biojepa", "jepa", True, "given", "per_token"),
+        ("biojepa_predictor", "jepa", False, "given", "per_token"),
+        ("biojepa_predictor_noprior", "jepa", False, "none", "per_token"),
+        ("biojepa_predictor_shuffled", "jepa", False, "shuffled", "per_token"),
+        ("shuffled_priors", "jepa", True, "shuffled", "per_token"),
+        ("pca_predictor", "pca", False, "given", "per_token"),
+        ("untrained_predictor", "untrained", False, "given", "per_token"),
+        ("biojepa_flat", "jepa", True, "given", "flat"),
+    ],
+)
+def test_a_name_changes_what_it_says_and_nothing_else(model, embedding, linear_branch, priors, regularizer):
+    settings = TrainSettings.from_config(resolve_settings(model, TRAIN))
+    assert (settings.embedding, settings.linear_branch, settings.priors) == (embedding, linear_branch, priors)
+    assert settings.encoder.regularizer == regularizer
+    assert (settings.encoder.steps, settings.predictor.steps, settings.device) == (7, 5, "cpu")
+    assert TRAIN["encoder"] == {"regularizer": "per_token", "steps": 7}, "the config itself must not change"
+
+
+def test_settings_of_baselines_do_not_reach_trained_models():
+    # Otherwise a change of knn's neighbours would retrain everything.
+    assert "baselines" not in resolve_settings("biojepa", TRAIN)
+
+
+def test_every_model_is_either_a_baseline_or_trained():
+    trained = [model for model in known_models() if not is_baseline(model)]
+    assert [model for model in known_models() if is_baseline(model)] == list(LINEAR_BASELINES)
+    for model in trained:
+        assert encoder_source(model) in (None, "biojepa")
+    assert set(ORACLES) < set(trained)
+    assert {*ORACLES.values(), *REFERENCES} == set(POSITIVE_CONTROLS)
+
+
+def test_reading_the_names_imports_neither_torch_nor_scanpy():
+    # The workflow reads them before every job.
+    code = (
+        "import sys, biojepa.models, biojepa.config; print({'torch', 'scanpy', 'anndata'} & set(sys.modules))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout.strip() == "set()"

@@ -1,0 +1,137 @@
+"""Claims about schedules, the teacher, the optimizer and the device."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from biojepa.errors import InputError
+from biojepa.model import BioJEPA, BioJEPAConfig, GeneExpressionEncoder, VICRegLoss
+from biojepa.training.optimization import (
+    apply_gradients,
+    choose_device,
+    ema_decay,
+    frozen_copy,
+    learning_rate,
+    make_optimizer,
+    move_average,
+    seed_step,
+)
+
+
+def test_the_learning_rate_warms_up_over_a_tenth_and_falls_along_a_cosine():
+    rates = [learning_rate(step, 100, 2.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[99] == pytest.approx(1 + math.cos(math.pi * 89 / 90))
+    assert learning_rate(100, 100, 2.0) == pytest.approx(0, abs=1e-12)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_a_run_of_one_step_has_a_learning_rate():
+    assert learning_rate(0, 1, 0.5) == 0.5
+
+
+def test_the_momentum_of_the_teacher_goes_from_its_start_to_one():
+    assert ema_decay(0, 50, 0.99) == pytest.approx(0.99)
+    assert ema_decay(25, 50, 0.99) == pytest.approx(0.995)
+    assert ema_decay(50, 50, 0.99) == pytest.approx(1.0)
+
+
+def test_the_teacher_moves_by_exactly_one_minus_the_momentum():
+    torch.manual_seed(0)
+    teacher, student = (nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).double() for _ in range(2))
+    with torch.no_grad():
+        student[1].running_mean.fill_(3.0)
+    before = [p.clone() for p in teacher.parameters()]
+    move_average(teacher, student, 0.9)
+    for old, new, target in zip(before, teacher.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(new - old, 0.1 * (target - old), rtol=1e-12, atol=1e-15)
+    assert (teacher[1].running_mean == 3.0).all()
+    frozen = [p.clone() for p in teacher.parameters()]
+    move_average(teacher, student, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(frozen, teacher.parameters(), strict=True))
+    move_average(teacher, student, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+
+
+def test_no_gradient_reaches_the_teacher():
+    torch.manual_seed(0)
+    student = GeneExpressionEncoder(10, (8,), 2, 4, 1, 2)
+    teacher = frozen_copy(student)
+    assert not teacher.training and student.training
+    x = torch.randn(6, 10)
+    target, context = teacher(x), student(x)
+    assert not target.requires_grad
+    VICRegLoss()(context, target, context)[0].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+    with torch.no_grad():
+        next(student.parameters()).add_(1)
+    assert not torch.equal(next(student.parameters()), next(teacher.parameters()))  # a copy, not a view
+
+
+def test_norms_biases_and_positions_are_not_decayed_and_matrices_are():
+    model = nn.ModuleList(
+        [
+            GeneExpressionEncoder(10, (8,), 2, 4, 1, 2, library_token=True),
+            BioJEPA(
+                2, 4, {"net": torch.ones(3, 5)}, torch.ones(3).bool(), BioJEPAConfig(8, 1, 2, condition_dim=8)
+            ),
+        ]
+    )
+    groups = make_optimizer((model,), 0.05, torch.device("cpu")).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+    decayed = {id(p) for p in groups[0]["params"]}
+    spared = {id(p) for p in groups[1]["params"]}
+    assert not decayed & spared and len(decayed | spared) == len(list(model.parameters()))
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            assert {id(module.weight), id(module.bias)} <= spared
+        if isinstance(module, nn.Linear):
+            assert id(module.bias) in spared
+            assert (id(module.weight) in decayed) == (min(module.weight.shape) > 1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("position"):
+            assert id(parameter) in spared
+
+
+def test_frozen_parameters_are_not_optimized():
+    frozen = nn.Linear(3, 3).requires_grad_(False)
+    groups = make_optimizer((frozen, nn.Linear(3, 3)), 0.1, torch.device("cpu")).param_groups
+    assert [len(group["params"]) for group in groups] == [1, 1]
+
+
+def test_gradients_are_clipped_to_norm_one_and_the_rate_of_the_step_is_used():
+    parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([parameter], lr=99.0)
+    apply_gradients(optimizer, (parameter * torch.tensor([30.0, 40.0])).sum(), rate=0.5)
+    torch.testing.assert_close(parameter.data, torch.tensor([3 - 0.5 * 0.6, 4 - 0.5 * 0.8]))
+    apply_gradients(optimizer, (parameter * torch.tensor([0.3, 0.4])).sum(), rate=1.0)  # short: not clipped
+    torch.testing.assert_close(parameter.data, torch.tensor([3 - 0.3 - 0.3, 4 - 0.4 - 0.4]))
+
+
+def test_randomness_of_a_step_follows_from_seed_stage_and_step():
+    def draw(*key: int) -> float:
+        seed_step(*key)
+        return float(torch.rand(1))
+
+    keys = [(seed, stage, step) for seed in range(3) for stage in (1, 2) for step in range(20)]
+    assert len({draw(*key) for key in keys}) == len(keys)
+    assert draw(1, 2, 5) == draw(1, 2, 5)
+
+
+def test_the_device_that_was_asked_for_is_taken_or_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("cpu") == choose_device("auto") == torch.device("cpu")
+    with pytest.raises(InputError) as caught:
+        choose_device("cuda")
+    for part in ("train.device", "cuda", "sees no GPU", "set train.device to auto or cpu"):
+        assert part in str(caught.value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")

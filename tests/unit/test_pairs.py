@@ -1,0 +1,344 @@
+"""Claims about what training gets to see: cells, genes, controls, codes, and nothing held out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from training_case import KnownEffects, pairs_of
+
+from biojepa import pairing
+from biojepa.contracts import SET, TEST, TRAIN, VAL
+from biojepa.errors import InputError
+from biojepa.files import sha256_of
+from biojepa.pairing import PairSettings, build_pairs, freeze_split
+from biojepa.pairs import (
+    CONTROL_CODE,
+    Pairs,
+    gene_moments,
+    match_controls,
+    multi_hot,
+    read_pairs,
+    rows_of_matrix,
+    select_genes,
+    trainable_labels,
+    validation_labels,
+)
+from biojepa.priors import GeneCodes, network_codes, read_network
+from biojepa.splits import LeakageError, labels_in, read_split
+
+GENES = [f"G{i}" for i in range(40)]
+SINGLES = [f"G{i}" for i in range(9)]
+LABELS = [*SINGLES, "G0+G1", "G2+G3", "OUTSIDE"]
+SETTINGS = PairSettings(n_folds=3, n_genes=20, prior_dim=6)
+
+
+class Screen:
+    """Cells on disk with a frozen split, whose expression a test may change."""
+
+    def __init__(self, folder: Path) -> None:
+        rng = np.random.default_rng(0)
+        labels = np.array(["control"] * 60 + [label for label in LABELS for _ in range(12)], dtype=object)
+        self.labels = rng.permutation(labels)
+        # Batch 2 holds no control, so its cells must borrow.
+        batch = np.where(self.labels == "control", rng.integers(2, size=204), rng.integers(3, size=204))
+        self.batch = np.array(["b0", "b1", "b2"])[batch]
+        self.X = rng.gamma(1.0, rng.uniform(0.3, 2.0, 40), (204, 40)) * (rng.random((204, 40)) < 0.6)
+        self.X = self.X.astype(np.float32)
+        self.library = rng.uniform(2000, 9000, 204).astype(np.float32)
+        self.names = np.array([f"cell{i}" for i in range(204)])
+        self.folder, self.cells, self.split = folder, folder / "cells.h5ad", folder / "split.tsv"
+        self.network = folder / "net.tsv"
+        pd.DataFrame({"gene_a": SINGLES, "gene_b": [*SINGLES[1:], "G0"]}).to_csv(
+            self.network, sep="\t", index=False
+        )
+        self.write()
+        self.table = freeze_split(self.cells, self.split, "made", "perturbation", 1, SETTINGS)
+
+    def write(self) -> None:
+        obs = pd.DataFrame(
+            {"perturbation": self.labels, "batch": self.batch, "library_size": self.library}, index=self.names
+        )
+        obs = obs.astype({"perturbation": "category", "batch": "category"})
+        ad.AnnData(sparse.csr_matrix(self.X), obs, pd.DataFrame(index=GENES)).write_h5ad(self.cells)
+
+    def build(self, name: str = "pairs.h5", **changes) -> Pairs:
+        settings = PairSettings(**{**SETTINGS.__dict__, **changes})
+        path = self.folder / name
+        build_pairs(
+            self.cells, self.split, path, [self.network], [], settings, {"dataset": "made", "fold": 1}
+        )
+        return read_pairs(path)
+
+    def cells_in(self, *sets: str) -> np.ndarray:
+        return np.isin(self.labels, labels_in(self.table, *sets))
+
+
+@pytest.fixture
+def screen(tmp_path) -> Screen:
+    return Screen(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Screen, Pairs]:
+    screen = Screen(tmp_path_factory.mktemp("pairs"))
+    return screen, screen.build()
+
+
+def same(one: Pairs, other: Pairs) -> bool:
+    """Whether two folds hold the same values."""
+    for key, value in one.__dict__.items():
+        twin = getattr(other, key)
+        if isinstance(value, np.ndarray):
+            equal = np.array_equal(value, twin)
+        elif key == "codes":
+            equal = value.keys() == twin.keys() and all(np.array_equal(value[k], twin[k]) for k in value)
+        else:
+            equal = value == twin
+        if not equal:
+            return False
+    return True
+
+
+def test_pairs_hold_the_kept_cells_and_genes_by_value(built):
+    screen, pairs = built
+    keep = screen.cells_in(TRAIN, VAL) | (screen.labels == "control")
+    columns = [GENES.index(gene) for gene in pairs.genes]
+    assert pairs.cell_names == tuple(screen.names[keep])
+    np.testing.assert_array_equal(pairs.dense(np.arange(keep.sum())), screen.X[keep][:, columns])
+    np.testing.assert_array_equal(np.array(pairs.batches)[pairs.batch], screen.batch[keep])
+    np.testing.assert_allclose(pairs.log_library_size, np.log(screen.library[keep]), rtol=1e-6)
+    names = np.array([*pairs.labels, "control"])  # control is -1, the last
+    np.testing.assert_array_equal(names[pairs.perturbation], screen.labels[keep])
+    assert dict(pairs.facts) == {"dataset": "made", "fold": 1, "format_version": 1}
+
+
+def test_labels_sets_and_categories_are_those_of_the_split(built):
+    screen, pairs = built
+    assert pairs.labels == tuple(screen.table["perturbation"])
+    assert pairs.sets == tuple(screen.table[SET])
+    assert pairs.categories == tuple(screen.table["category"])
+    assert pairs.perturbed_genes == tuple(sorted([*SINGLES, "OUTSIDE"]))
+
+
+def test_held_out_perturbations_never_reach_training(built):
+    screen, pairs = built
+    assert not set(pairs.cell_names) & set(screen.names[screen.cells_in(TEST)])
+    counts = dict(zip(pairs.labels, pairs.n_cells, strict=True))
+    for label, group in zip(pairs.labels, pairs.sets, strict=True):
+        assert counts[label] == (0 if group == TEST else 12)
+    np.testing.assert_array_equal(trainable_labels(pairs), np.flatnonzero(np.array(pairs.sets) == TRAIN))
+    np.testing.assert_array_equal(validation_labels(pairs), np.flatnonzero(np.array(pairs.sets) == VAL))
+
+
+def test_expression_of_test_cells_changes_nothing_in_the_file(screen):
+    before = screen.build()
+    screen.X[screen.cells_in(TEST)] = 7.5
+    screen.write()
+    assert same(before, screen.build("again.h5"))
+
+
+def test_expression_of_validation_cells_does_not_choose_genes_but_that_of_training_cells_does(screen):
+    before = screen.build()
+    original = screen.X.copy()
+    chosen = [GENES.index(gene) for gene in before.genes]
+    dropped = np.setdiff1d(np.arange(40), chosen)
+    screen.X[np.ix_(screen.cells_in(VAL), dropped)] *= 50
+    screen.write()
+    assert screen.build("validation.h5").genes == before.genes
+    screen.X = original
+    training = np.flatnonzero(screen.cells_in(TRAIN))
+    screen.X[np.ix_(training[::2], dropped)] *= 50
+    screen.write()
+    assert screen.build("training.h5").genes != before.genes
+
+
+def test_perturbed_genes_are_kept_whatever_their_rank(screen):
+    screen.X[:, :9] = 0  # SINGLES: never expressed, so of no rank at all
+    screen.write()
+    pairs = screen.build(n_genes=12)
+    assert len(pairs.genes) == 12 and set(SINGLES) <= set(pairs.genes)
+
+
+def test_building_twice_gives_the_same_bytes(built):
+    screen, _ = built
+    screen.build("one.h5"), screen.build("two.h5")
+    assert sha256_of(screen.folder / "one.h5") == sha256_of(screen.folder / "two.h5")
+
+
+def test_codes_compare_genes_as_the_network_does_and_are_zero_where_it_does_not_reach(built):
+    screen, pairs = built
+    source = network_codes("net", read_network(screen.network), SINGLES, dim=6)
+    raw = source.values - source.values.mean(axis=0)
+    raw /= np.linalg.norm(raw, axis=1, keepdims=True)
+    codes = pairs.codes["net"]
+    np.testing.assert_allclose(codes[:9] @ codes[:9].T, raw @ raw.T, atol=1e-4)
+    assert pairs.perturbed_genes[9] == "OUTSIDE" and not codes[9].any()
+
+
+def test_genes_that_a_source_cannot_tell_apart_have_no_code():
+    rng = np.random.default_rng(0)
+    genes = tuple(f"G{i:03d}" for i in range(300))
+    values = np.repeat(rng.standard_normal((1, 7)), 300, axis=0).astype(np.float32)
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    assert not pairing._rows(GeneCodes("sets", genes, values), [*genes, "OUTSIDE"]).any()
+    values[5] *= -1
+    codes = pairing._rows(GeneCodes("sets", genes, values), [*genes, "OUTSIDE"])
+    np.testing.assert_allclose(codes[5], values[5], atol=1e-5)
+    np.testing.assert_allclose(codes[6], -values[5], atol=1e-3)
+    assert not codes[-1].any()
+
+
+def test_every_partner_is_a_control_of_the_same_batch(built):
+    _screen, pairs = built
+    assert (pairs.perturbation[pairs.partner] == CONTROL_CODE).all()
+    has_control = pairs.batch != pairs.batches.index("b2")
+    np.testing.assert_array_equal(pairs.batch[pairs.partner][has_control], pairs.batch[has_control])
+    controls = np.flatnonzero(pairs.perturbation == CONTROL_CODE)
+    assert (pairs.partner[controls] != controls).all()
+
+
+def test_cells_of_a_batch_without_controls_borrow_from_all_batches():
+    perturbation = np.array([-1, -1, -1, 0, 0, 1] * 50)
+    batch = np.array([0, 0, 1, 0, 2, 2] * 50)
+    partner, orphans = match_controls(perturbation, batch, np.random.default_rng(0))
+    assert orphans == [2]
+    assert set(batch[partner[batch == 2]]) == {0, 1}
+    assert set(batch[partner[batch == 0]]) == {0}
+
+
+def test_the_only_control_of_a_batch_is_its_own_partner():
+    partner, _ = match_controls(np.array([-1, 0, -1]), np.array([0, 0, 1]), np.random.default_rng(0))
+    assert partner.tolist() == [0, 0, 2]
+
+
+def test_all_controls_of_a_batch_serve_about_equally():
+    perturbation = np.r_[np.full(10, -1), np.zeros(5000, dtype=int)]
+    partner, _ = match_controls(perturbation, np.zeros(5010, dtype=int), np.random.default_rng(1))
+    uses = np.bincount(partner[10:], minlength=10)
+    assert uses.sum() == 5000 and uses.min() > 400 and uses.max() < 600
+
+
+def test_dense_rows_and_pseudobulk_agree_with_scipy_and_pandas():
+    pairs = KnownEffects(seed=3, cells_per_label=7, n_controls=20).pairs
+    shape = (len(pairs.perturbation), len(pairs.genes))
+    matrix = sparse.csr_matrix((pairs.data, pairs.indices, pairs.indptr), shape=shape).toarray()
+    wanted = np.array([5, 0, 5, 17])
+    np.testing.assert_array_equal(pairs.dense(wanted), matrix[wanted])
+    table = pd.DataFrame(matrix.astype(float)).groupby(pairs.perturbation).mean()
+    means, control = pairs.pseudobulk()
+    np.testing.assert_allclose(control, table.loc[-1], rtol=1e-12)
+    for row, label_set in enumerate(pairs.sets):
+        if label_set == TEST:
+            assert np.isnan(means[row]).all()
+        else:
+            np.testing.assert_allclose(means[row], table.loc[row], rtol=1e-12)
+
+
+def test_multi_hot_codes_by_hand():
+    code = multi_hot(["A", "A+C", "control", "B+Z"], ["A", "B", "C"])
+    assert code.tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 0], [0, 1, 0]]
+
+
+def test_cells_of_a_set_come_with_the_controls_if_asked():
+    pairs = pairs_of(
+        np.ones((5, 2)), ["A", "control", "B", "A", "control"], {"A": TRAIN, "B": VAL, "C": TEST}
+    )
+    assert pairs.cells_of(TRAIN).tolist() == [0, 1, 3, 4]
+    assert pairs.cells_of(TRAIN, controls=False).tolist() == [0, 3]
+    assert pairs.cells_of(VAL, TEST, controls=False).tolist() == [2]
+    assert pairs.labels_of(VAL, TEST).tolist() == [1, 2]
+    assert pairs.n_cells.tolist() == [2, 1, 0]
+    assert pairs.membership.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_reading_in_blocks_covers_every_row_once(built):
+    screen, _ = built
+    with h5py.File(screen.cells) as file:
+        blocks = list(rows_of_matrix(file["X"], block=50))
+        parts = [
+            sparse.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, 40))
+            for _, data, indices, indptr in blocks
+        ]
+        assert [first for first, *_ in blocks] == [0, 50, 100, 150, 200]
+        np.testing.assert_array_equal(sparse.vstack(parts).toarray(), screen.X)
+        keep = screen.labels == "G4"
+        mean, variance = gene_moments(file["X"], keep, 40)
+    np.testing.assert_allclose(mean, screen.X[keep].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(variance, screen.X[keep].astype(float).var(axis=0), rtol=1e-5, atol=1e-9)
+
+
+def test_gene_selection_agrees_with_a_second_formula():
+    rng = np.random.default_rng(2)
+    mean, variance = rng.gamma(1, 1, 300), rng.gamma(1, 1, 300)
+    mean[:30], variance[:30] = 0, 0
+    always = np.zeros(300, dtype=bool)
+    always[[3, 250]] = True
+    table = pd.DataFrame({"dispersion": np.log(variance[30:] / mean[30:])}, index=np.arange(30, 300))
+    rank = pd.Series(mean[30:], index=table.index).rank(method="first").astype(int) - 1
+    grouped = table["dispersion"].groupby(rank * 20 // 270)
+    score = (table["dispersion"] - grouped.transform("mean")) / grouped.transform("std", ddof=0)
+    best = score.drop(250).nlargest(48).index
+    chosen = select_genes(mean, variance, 50, always)
+    assert chosen.tolist() == sorted([3, 250, *best])
+    assert select_genes(mean, variance, 300, always).tolist() == list(range(300))
+    assert select_genes(mean, variance, 1, always).tolist() == [3, 250]
+
+
+def test_a_planted_leak_stops_the_build_and_leaves_no_file(screen, monkeypatch):
+    # A mistake in choosing the sets, as it could happen: test labels pass for training ones.
+    monkeypatch.setattr(pairing, "labels_in", lambda table, *sets: labels_in(table, *sets, TEST))
+    held_out = labels_in(screen.table, TEST)
+    with pytest.raises(LeakageError) as caught:
+        screen.build()
+    assert all(label in str(caught.value) for label in held_out)
+    assert not [path for path in screen.folder.iterdir() if "pairs" in path.name]
+
+
+def test_an_edited_split_stops_the_build(screen):
+    screen.split.write_text(screen.split.read_text().replace("\ttest\t", "\ttrain\t", 1))
+    with pytest.raises(InputError, match="must not be edited"):
+        screen.build()
+
+
+def test_a_screen_without_controls_is_refused(screen):
+    screen.labels[screen.labels == "control"] = "G0"
+    screen.write()
+    with pytest.raises(InputError, match=r"cells\.h5ad: found no control cell"):
+        screen.build()
+
+
+def test_a_prior_of_other_genes_is_refused(screen):
+    screen.network.write_text("gene_a\tgene_b\nmouse1\tmouse2\n")
+    with pytest.raises(InputError, match=r"net\.tsv.*none of the 10 perturbed genes.*G0, G1, G2"):
+        screen.build()
+
+
+def test_too_few_perturbations_are_refused_with_the_settings_to_change(screen):
+    screen.labels[np.isin(screen.labels, LABELS[5:])] = "control"
+    screen.write()
+    with pytest.raises(InputError) as caught:
+        freeze_split(screen.cells, screen.folder / "few.tsv", "made", "perturbation", 0, SETTINGS)
+    for part in (
+        "cells.h5ad",
+        "5 perturbation(s)",
+        "at least 6",
+        "min_cells_per_perturbation",
+        "pair.n_folds",
+    ):
+        assert part in str(caught.value)
+    assert not (screen.folder / "few.tsv").exists()
+
+
+def test_the_frozen_folds_of_a_screen_test_every_perturbation_once(screen):
+    tested = []
+    for fold in range(3):
+        path = screen.folder / f"fold{fold}.tsv"
+        freeze_split(screen.cells, path, "made", "perturbation", fold, SETTINGS)
+        tested += labels_in(read_split(path), TEST)
+    assert sorted(tested) == sorted(LABELS)
