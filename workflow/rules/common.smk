@@ -10,7 +10,13 @@ sys.path.insert(0, str(LIBRARY))
 
 from biojepa.config import ConfigError, load_config
 from biojepa.imports import code_digest
-from biojepa.models import ORACLES, REFERENCES, encoder_source, is_baseline, resolve_settings
+from biojepa.models import (
+    ORACLES,
+    REFERENCES,
+    encoder_source,
+    is_baseline,
+    resolve_settings,
+)
 
 try:
     CONFIG = load_config(config, Path(workflow.current_basedir).parent / "schemas")
@@ -50,7 +56,9 @@ def get_raw(wildcards):
 
 
 def raw_files_of_all():
-    return sorted({path for dataset in DATASETS for path in CONFIG.source(dataset).downloads})
+    return sorted(
+        {path for dataset in DATASETS for path in CONFIG.source(dataset).downloads}
+    )
 
 
 def get_networks(wildcards):
@@ -109,7 +117,9 @@ def get_encoder(wildcards):
 
 
 def get_train_settings(wildcards):
-    return resolve_settings(wildcards.model, CONFIG.settings(wildcards.dataset, "train"))
+    return resolve_settings(
+        wildcards.model, CONFIG.settings(wildcards.dataset, "train")
+    )
 
 
 def oracle_models():
@@ -131,7 +141,10 @@ def prediction_runs(dataset):
     """Model, fold and seed of every predictions file of a dataset and scheme."""
     runs = []
     for fold in get_folds(dataset):
-        runs += [{"model": m, "fold": fold, "seed": 0} for m in (*baseline_models(), *REFERENCES)]
+        runs += [
+            {"model": m, "fold": fold, "seed": 0}
+            for m in (*baseline_models(), *REFERENCES)
+        ]
         for seed in CONFIG.seeds:
             for model in trainable_models():
                 runs.append({"model": model, "fold": fold, "seed": seed})
@@ -152,24 +165,31 @@ def training_runs(dataset):
 
 def files_of_runs(dataset, split, runs, tail):
     return [
-        f"{fold_folder(dataset, split, run['fold'])}/{run['model']}/seed{run['seed']}/{tail}" for run in runs
+        f"{fold_folder(dataset, split, run['fold'])}/{run['model']}/seed{run['seed']}/{tail}"
+        for run in runs
     ]
 
 
 def get_predictions(wildcards):
     runs = prediction_runs(wildcards.dataset)
-    return files_of_runs(wildcards.dataset, wildcards.split, runs, "embed/predictions.h5ad")
+    return files_of_runs(
+        wildcards.dataset, wildcards.split, runs, "embed/predictions.h5ad"
+    )
 
 
 def get_training(tail):
     return lambda wildcards: files_of_runs(
-        wildcards.dataset, wildcards.split, training_runs(wildcards.dataset), f"train/{tail}"
+        wildcards.dataset,
+        wildcards.split,
+        training_runs(wildcards.dataset),
+        f"train/{tail}",
     )
 
 
 def get_fold_files(tail):
     return lambda wildcards: [
-        f"{fold_folder(wildcards.dataset, wildcards.split, fold)}/{tail}" for fold in get_folds(wildcards.dataset)
+        f"{fold_folder(wildcards.dataset, wildcards.split, fold)}/{tail}"
+        for fold in get_folds(wildcards.dataset)
     ]
 
 
@@ -188,12 +208,16 @@ def predictions_of_all():
         path
         for dataset in DATASETS
         for split in SCHEMES
-        for path in files_of_runs(dataset, split, prediction_runs(dataset), "embed/predictions.h5ad")
+        for path in files_of_runs(
+            dataset, split, prediction_runs(dataset), "embed/predictions.h5ad"
+        )
     ]
 
 
 def of_all_splits(tail):
-    return [f"results/{dataset}/{split}/{tail}" for dataset in DATASETS for split in SCHEMES]
+    return [
+        f"results/{dataset}/{split}/{tail}" for dataset in DATASETS for split in SCHEMES
+    ]
 
 
 def evaluations():

@@ -5,18 +5,18 @@ rule download:
     """Fetch the file of a published screen, resumably, and verify its checksum."""
     output:
         "resources/datasets/{dataset}/{file}",
+    log:
+        "logs/{dataset}/download/{file}.log",
+    wildcard_constraints:
+        dataset=CONFIG.pattern("downloaded"),
+        file="[^/]+",
+    conda:
+        "../../envs/download.yaml"
+    threads: 1
     # No digest of the library here: a verified file need not be fetched again because code changed.
     params:
         url=lambda wildcards: CONFIG.source(wildcards.dataset).address,
         checksum=lambda wildcards: CONFIG.source(wildcards.dataset).checksum,
-    wildcard_constraints:
-        dataset=CONFIG.pattern("downloaded"),
-        file="[^/]+",
-    log:
-        "logs/{dataset}/download/{file}.log",
-    threads: 1
-    conda:
-        "../../envs/download.yaml"
     script:
         "../scripts/download.py"
 
@@ -32,17 +32,19 @@ rule simulate:
         gene_sets="resources/datasets/{dataset}/gene_sets.gmt",
         truth="resources/datasets/{dataset}/truth.h5ad",
         truth_cells="resources/datasets/{dataset}/truth_cells.tsv.gz",
-    params:
-        settings=lambda wildcards: CONFIG.settings(wildcards.dataset, "download")["simulator"],
-        library=library("simulate"),
-    wildcard_constraints:
-        dataset=CONFIG.pattern("simulated"),
     log:
         "logs/{dataset}/download/simulate.log",
     benchmark:
         "logs/benchmarks/{dataset}/download/simulate.tsv"
-    threads: 1
+    wildcard_constraints:
+        dataset=CONFIG.pattern("simulated"),
     conda:
         "../../envs/preprocess.yaml"
+    threads: 1
+    params:
+        settings=lambda wildcards: CONFIG.settings(wildcards.dataset, "download")[
+            "simulator"
+        ],
+        library=library("simulate"),
     script:
         "../scripts/simulate.py"

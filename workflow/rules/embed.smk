@@ -4,7 +4,9 @@
 rule embed:
     """Embed every cell and predict the held-out perturbations, with all trained models of a fold and seed."""
     input:
-        models=lambda wildcards: files_of_models(wildcards, trainable_models(), "train/model.pt"),
+        models=lambda wildcards: files_of_models(
+            wildcards, trainable_models(), "train/model.pt"
+        ),
         cells="results/{dataset}/preprocess/cells.h5ad",
         split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
         info="results/{dataset}/{split}/fold{fold}/pair/split.json",
@@ -21,21 +23,23 @@ rule embed:
             "results/{{dataset}}/{{split}}/fold{{fold}}/{oracle}/seed{{seed}}/embed/predictions.h5ad",
             oracle=[ORACLES[model] for model in oracle_models()],
         ),
-    params:
-        models=trainable_models(),
-        oracles={model: ORACLES[model] for model in oracle_models()},
-        half_seed=lambda wildcards: CONFIG.settings(wildcards.dataset, "evaluate")["half_seed"],
-        device=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["device"],
-        library=library("embed"),
     log:
         "logs/{dataset}/{split}/fold{fold}/embed/seed{seed}.log",
     benchmark:
         "logs/benchmarks/{dataset}/{split}/fold{fold}/embed/seed{seed}.tsv"
+    conda:
+        "../../envs/embed.yaml"
     threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
     resources:
         gpu=train_gpus,
-    conda:
-        "../../envs/embed.yaml"
+    params:
+        models=trainable_models(),
+        oracles={model: ORACLES[model] for model in oracle_models()},
+        half_seed=lambda wildcards: CONFIG.settings(wildcards.dataset, "evaluate")[
+            "half_seed"
+        ],
+        device=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["device"],
+        library=library("embed"),
     script:
         "../scripts/embed.py"
 
@@ -50,14 +54,16 @@ rule references:
     output:
         duplicate="results/{dataset}/{split}/fold{fold}/duplicate/seed0/embed/predictions.h5ad",
         interpolated_duplicate="results/{dataset}/{split}/fold{fold}/interpolated_duplicate/seed0/embed/predictions.h5ad",
-    params:
-        half_seed=lambda wildcards: CONFIG.settings(wildcards.dataset, "evaluate")["half_seed"],
-        library=library("references"),
     log:
         "logs/{dataset}/{split}/fold{fold}/references.log",
-    threads: 1
     conda:
         "../../envs/evaluate.yaml"
+    threads: 1
+    params:
+        half_seed=lambda wildcards: CONFIG.settings(wildcards.dataset, "evaluate")[
+            "half_seed"
+        ],
+        library=library("references"),
     script:
         "../scripts/references.py"
 
@@ -70,13 +76,13 @@ rule umap:
         info="results/{dataset}/{split}/fold{fold}/pair/split.json",
     output:
         umap="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/umap.tsv",
+    log:
+        "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/umap.log",
+    conda:
+        "../../envs/umap.yaml"
+    threads: 1
     params:
         seed=lambda wildcards: CONFIG.settings(wildcards.dataset, "embed")["umap_seed"],
         library=library("umap_cells"),
-    log:
-        "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/umap.log",
-    threads: 1
-    conda:
-        "../../envs/umap.yaml"
     script:
         "../scripts/umap_cells.py"

@@ -15,17 +15,17 @@ rule evaluate:
         enrichment="results/{dataset}/{split}/evaluate/enrichment.tsv",
         verdict="results/{dataset}/{split}/evaluate/verdict.json",
         truth="results/{dataset}/{split}/evaluate/observed.h5ad",
+    log:
+        "logs/{dataset}/{split}/evaluate.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/{split}/evaluate.tsv"
+    conda:
+        "../../envs/evaluate.yaml"
+    threads: 1
     params:
         folds=lambda wildcards: get_folds(wildcards.dataset),
         predictions=lambda wildcards: prediction_runs(wildcards.dataset),
         settings=settings_of("evaluate"),
         library=library("evaluate"),
-    log:
-        "logs/{dataset}/{split}/evaluate.log",
-    benchmark:
-        "logs/benchmarks/{dataset}/{split}/evaluate.tsv"
-    threads: 1
-    conda:
-        "../../envs/evaluate.yaml"
     script:
         "../scripts/evaluate.py"

@@ -8,14 +8,14 @@ rule freeze_split:
     output:
         split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
         info="results/{dataset}/{split}/fold{fold}/pair/split.json",
+    log:
+        "logs/{dataset}/{split}/fold{fold}/pair/split.log",
+    conda:
+        "../../envs/preprocess.yaml"
+    threads: 1
     params:
         settings=settings_of("pair"),
         library=library("freeze_split"),
-    log:
-        "logs/{dataset}/{split}/fold{fold}/pair/split.log",
-    threads: 1
-    conda:
-        "../../envs/preprocess.yaml"
     script:
         "../scripts/freeze_split.py"
 
@@ -30,15 +30,15 @@ rule pair:
         gene_sets=get_gene_sets,
     output:
         pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
-    params:
-        settings=settings_of("pair"),
-        library=library("pair"),
     log:
         "logs/{dataset}/{split}/fold{fold}/pair/pairs.log",
     benchmark:
         "logs/benchmarks/{dataset}/{split}/fold{fold}/pair/pairs.tsv"
-    threads: 1
     conda:
         "../../envs/preprocess.yaml"
+    threads: 1
+    params:
+        settings=settings_of("pair"),
+        library=library("pair"),
     script:
         "../scripts/pair.py"

@@ -9,16 +9,16 @@ rule preprocess:
         cells="results/{dataset}/preprocess/cells.h5ad",
         qc="results/{dataset}/preprocess/qc.tsv",
         perturbations="results/{dataset}/preprocess/perturbations.tsv",
-    params:
-        source=lambda wildcards: CONFIG.source(wildcards.dataset).screen,
-        settings=settings_of("preprocess"),
-        library=library("preprocess"),
     log:
         "logs/{dataset}/preprocess/preprocess.log",
     benchmark:
         "logs/benchmarks/{dataset}/preprocess/preprocess.tsv"
-    threads: 1
     conda:
         "../../envs/preprocess.yaml"
+    threads: 1
+    params:
+        source=lambda wildcards: CONFIG.source(wildcards.dataset).screen,
+        settings=settings_of("preprocess"),
+        library=library("preprocess"),
     script:
         "../scripts/preprocess.py"

@@ -45,6 +45,13 @@ rule report:
             subcategory="{split}",
             labels={"item": "Predicted against observed"},
         ),
+    log:
+        "logs/{dataset}/{split}/report.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/{split}/report.tsv"
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
     params:
         dataset="{dataset}",
         split="{split}",
@@ -52,13 +59,6 @@ rule report:
         histories=lambda wildcards: training_runs(wildcards.dataset),
         settings=lambda wildcards: CONFIG.resolved(wildcards.dataset),
         library=library("report"),
-    log:
-        "logs/{dataset}/{split}/report.log",
-    benchmark:
-        "logs/benchmarks/{dataset}/{split}/report.tsv"
-    threads: 1
-    conda:
-        "../../envs/report.yaml"
     script:
         "../scripts/report.py"
 
@@ -70,14 +70,18 @@ rule index:
         verdicts=of_all_splits("evaluate/verdict.json"),
     output:
         html="results/index.html",
-    params:
-        entries=[{"dataset": dataset, "split": split} for dataset in DATASETS for split in SCHEMES],
-        library=library("index"),
     log:
         "logs/index.log",
-    threads: 1
     conda:
         "../../envs/report.yaml"
+    threads: 1
+    params:
+        entries=[
+            {"dataset": dataset, "split": split}
+            for dataset in DATASETS
+            for split in SCHEMES
+        ],
+        library=library("index"),
     script:
         "../scripts/index.py"
 
@@ -90,13 +94,13 @@ rule provenance:
         metrics=of_all_splits("evaluate/metrics.tsv"),
     output:
         "results/provenance.json",
+    log:
+        "logs/provenance.log",
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
     params:
         config={dataset: CONFIG.resolved(dataset) for dataset in DATASETS},
         library=library("provenance"),
-    log:
-        "logs/provenance.log",
-    threads: 1
-    conda:
-        "../../envs/report.yaml"
     script:
         "../scripts/provenance.py"

@@ -10,20 +10,20 @@ rule train:
         model="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/model.pt",
         history="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/history.tsv",
         metrics="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/metrics.json",
-    params:
-        settings=get_train_settings,
-        library=library("train"),
-    wildcard_constraints:
-        model="|".join(trainable_models()) or "none",
     log:
         "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train.log",
     benchmark:
         "logs/benchmarks/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train.tsv"
+    wildcard_constraints:
+        model="|".join(trainable_models()) or "none",
+    conda:
+        "../../envs/train.yaml"
     threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
     resources:
         gpu=train_gpus,
-    conda:
-        "../../envs/train.yaml"
+    params:
+        settings=get_train_settings,
+        library=library("train"),
     script:
         "../scripts/train.py"
 
@@ -40,16 +40,18 @@ rule baselines:
             "results/{{dataset}}/{{split}}/fold{{fold}}/{model}/seed0/embed/predictions.h5ad",
             model=baseline_models(),
         ),
-    params:
-        models=baseline_models(),
-        settings=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["baselines"],
-        library=library("baselines"),
     log:
         "logs/{dataset}/{split}/fold{fold}/baselines.log",
     benchmark:
         "logs/benchmarks/{dataset}/{split}/fold{fold}/baselines.tsv"
-    threads: 1
     conda:
         "../../envs/embed.yaml"
+    threads: 1
+    params:
+        models=baseline_models(),
+        settings=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")[
+            "baselines"
+        ],
+        library=library("baselines"),
     script:
         "../scripts/baselines.py"

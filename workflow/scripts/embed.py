@@ -25,7 +25,7 @@ def main(snakemake) -> None:
             model,
             snakemake.input.cells,
             snakemake.input.split,
-            Outputs(name, embeddings, predictions, params.oracles.get(name), oracles.get(name)),
+            Outputs(name, embeddings, predictions, params.oracles.get(name), oracles.get(name, "")),
             params.half_seed,
             params.device,
         )

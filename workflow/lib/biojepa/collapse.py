@@ -110,7 +110,8 @@ def refuse_collapse(measured: dict[str, float], step: int) -> None:
     if measured["std_cells"] < MIN_STD_OVER_CELLS:
         raise CollapseError(
             f"The embedding collapsed by step {step}: the standard deviation over cells is "
-            f"{measured['std_cells']:.4f}, below {MIN_STD_OVER_CELLS}; every cell gets the same tokens. {advice}"
+            f"{measured['std_cells']:.4f}, below {MIN_STD_OVER_CELLS}; every cell gets the same tokens. "
+            f"{advice}"
         )
     if measured["rankme"] < MIN_RANK:
         raise CollapseError(

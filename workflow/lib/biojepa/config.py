@@ -170,7 +170,7 @@ class Config:
         return self.sources[dataset]
 
     def settings(self, dataset: str, section: str) -> dict[str, Any]:
-        """Settings of one stage for one dataset, overrides applied."""
+        """Return the settings of one stage for one dataset, overrides applied."""
         return self._resolved[dataset][section]
 
     def resolved(self, dataset: str) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     for dataset in config.datasets:
         tested = config.settings(dataset, "evaluate")["model"]
         if tested not in config.models:
-            yield f"config, evaluate.model: found {tested}; expected one of models: {', '.join(config.models)}"
+            yield f"config, evaluate.model: found {tested}; expected one of {', '.join(config.models)}"
         n_folds = config.settings(dataset, "pair")["n_folds"]
         high = [fold for fold in config.folds(dataset) if fold >= n_folds]
         if high:
@@ -264,7 +264,8 @@ def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict
     table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, comment="#")
     if "dataset" not in table:
         raise ConfigError(
-            f"{path}: found columns {list(table.columns)}; expected a column dataset. Fix: separate columns by tabs"
+            f"{path}: found columns {list(table.columns)}; expected a column dataset. "
+            "Fix: separate columns by tabs"
         )
     sources: dict[str, Source] = {}
     known = table["dataset"].tolist()
@@ -277,7 +278,8 @@ def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"config, run: {name} is in {len(rows)} rows of {path}; expected one of {', '.join(known)}.{hint}"
+                f"config, run: {name} is in {len(rows)} rows of {path}; expected one of "
+                f"{', '.join(known)}.{hint}"
             )
         row = {key: value for key, value in rows.iloc[0].to_dict().items() if value != ""}
         problems = list(_problems(row, schema, f"{path}, row {name}"))

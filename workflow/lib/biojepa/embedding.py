@@ -28,7 +28,7 @@ from biojepa.training.optimization import choose_device
 def embed_screen(
     model: TrainedModel,
     cells_path: str | Path,
-    genes: Sequence[str],
+    genes: Sequence[str] | np.ndarray,
     log_library: np.ndarray,
     groups: np.ndarray,
     n_groups: int,
@@ -135,7 +135,7 @@ class Outputs:
     embeddings: str | Path
     predictions: str | Path
     oracle: str | None = None
-    oracle_predictions: str | Path | None = None
+    oracle_predictions: str | Path = ""
 
 
 def embed_and_predict(

@@ -173,15 +173,14 @@ def ridge(
         return np.repeat(offset[None], len(new_features), axis=0)
     left, singular, right = np.linalg.svd(X, full_matrices=False)
     unit = (X**2).sum() / len(X)
-    best = None
+    errors = []
     for penalty in penalties:
         shrink = singular**2 / (singular**2 + penalty * unit)
         fitted = left @ (shrink[:, None] * (left.T @ Y))
         leverage = (left**2) @ shrink + 1 / len(X)
-        error = (((Y - fitted) / np.maximum(1 - leverage, 1e-6)[:, None]) ** 2).sum()
-        if best is None or error < best[0]:
-            best = (error, penalty)
-    gain = singular / (singular**2 + best[1] * unit)
+        errors.append((((Y - fitted) / np.maximum(1 - leverage, 1e-6)[:, None]) ** 2).sum())
+    best = penalties[int(np.argmin(errors))]
+    gain = singular / (singular**2 + best * unit)
     return offset + (new_features - centre) @ (right.T @ (gain[:, None] * (left.T @ Y)))
 
 

@@ -76,7 +76,7 @@ def freeze_split(
             cells_path,
             f"{n} perturbation(s) after quality control",
             f"at least {max(MIN_PERTURBATIONS, settings.n_folds)} for {settings.n_folds} folds",
-            "lower preprocess.min_cells_per_perturbation or pair.n_folds, and look at qc.tsv for what was removed",
+            "lower preprocess.min_cells_per_perturbation or pair.n_folds; qc.tsv says what was removed",
         )
     tables = split_perturbations(labels, settings.n_folds, settings.validation_share, settings.seed)
     write_split(
@@ -175,9 +175,9 @@ def build_pairs(
                     "genes": names[columns],
                     "cell_names": obs.index[keep].to_numpy(str),
                     "batches": batch_names,
-                    "labels": split[PERTURBATION],
-                    "sets": split["set"],
-                    "categories": split["category"],
+                    "labels": split[PERTURBATION].tolist(),
+                    "sets": split["set"].tolist(),
+                    "categories": split["category"].tolist(),
                     "perturbed_genes": genes,
                 },
                 codes={source.name: _rows(source, genes) for source in sources},

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -289,7 +290,7 @@ def write_pairs(
 def read_pairs(path: str | Path) -> Pairs:
     """Read ``pairs.h5`` whole."""
     with h5py.File(path, "r") as file:
-        names = {key: tuple(values.asstr()[:]) for key, values in file["names"].items()}
+        names: dict[str, Any] = {key: tuple(values.asstr()[:]) for key, values in file["names"].items()}
         cells = {key: values[:] for key, values in file["cells"].items()}
         codes = {key: values[:] for key, values in file["codes"].items()} if "codes" in file else {}
         facts = {key: value.item() if hasattr(value, "item") else value for key, value in file.attrs.items()}

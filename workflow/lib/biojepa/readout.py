@@ -55,23 +55,22 @@ def fit_readout(
     -------
     The readout, and the chosen penalty.
     """
-    gram = cross = token_sum = expression_sum = None
+    size, n_genes = check_tokens.shape[1:].numel(), check_expression.shape[-1]
+    exact = check_tokens.double()  # sums over many cells need the precision
+    gram, cross = exact.new_zeros(size, size), exact.new_zeros(size, n_genes)
+    token_sum, expression_sum = exact.new_zeros(size), exact.new_zeros(n_genes)
     n = 0
     for tokens, expression in batches():
         z, x = tokens.flatten(1).double(), expression.double()
-        parts = (z.T @ z, z.T @ x, z.sum(dim=0), x.sum(dim=0))
-        if gram is None:
-            gram, cross, token_sum, expression_sum = parts
-        else:
-            gram, cross = gram + parts[0], cross + parts[1]
-            token_sum, expression_sum = token_sum + parts[2], expression_sum + parts[3]
+        gram, cross = gram + z.T @ z, cross + z.T @ x
+        token_sum, expression_sum = token_sum + z.sum(dim=0), expression_sum + x.sum(dim=0)
         n += len(z)
     token_mean, expression_mean = token_sum / n, expression_sum / n
     gram = gram - n * torch.outer(token_mean, token_mean)
     cross = cross - n * torch.outer(token_mean, expression_mean)
     unit = gram.diagonal().mean()
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    best = None
+    candidates = []
     for penalty in penalties:
         weight = torch.linalg.solve(gram + penalty * unit * identity, cross)
         readout = Readout(weight.float(), (expression_mean - token_mean @ weight).float())
@@ -80,9 +79,9 @@ def fit_readout(
             if len(check_tokens)
             else penalty
         )
-        if best is None or error < best[0]:
-            best = (error, readout, penalty)
-    return best[1], best[2]
+        candidates.append((error, readout, penalty))
+    _, readout, penalty = min(candidates, key=lambda candidate: candidate[0])
+    return readout, penalty
 
 
 def gate(addition: np.ndarray, residual: np.ndarray) -> tuple[float, float]:

@@ -233,5 +233,6 @@ def refuse_held_out(labels: Iterable[str], table: pd.DataFrame, allowed: Collect
     leaked = sorted(set(labels) - permitted)
     if leaked:
         raise LeakageError(
-            f"{what} would use {len(leaked)} perturbation(s) outside {'/'.join(allowed)}: {', '.join(leaked[:10])}"
+            f"{what} would use {len(leaked)} perturbation(s) outside {'/'.join(allowed)}: "
+            f"{', '.join(leaked[:10])}"
         )

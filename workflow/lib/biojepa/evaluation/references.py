@@ -36,9 +36,8 @@ def duplicates(
         (rows, genes) mean log-expression of half A.
     ``interpolated_duplicate``
         α · half A + (1 - α) · mean of the training perturbations, per gene, with α = 1 - the
-        Benjamini-Hochberg adjusted p of Welch's t of half A against control (variance of half A no smaller than
-        the control's): noise is replaced by
-        the mean, signal is kept.
+        Benjamini-Hochberg adjusted p of Welch's t of half A against control, the variance of half A no
+        smaller than the control's: noise is replaced by the mean, signal is kept.
     """
     moments = collect_moments(cells_path, pd.Index(genes), half_seed)
     labels = split[PERTURBATION].iloc[rows].tolist()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from biojepa.model.blocks import require_shape
+from biojepa.model.encoder import GeneExpressionEncoder
 
 MIN_SCALE = 1e-3
 
@@ -50,11 +51,11 @@ class CellEmbedding(nn.Module):
     token_mean: Tensor
     token_scale: Tensor
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: GeneExpressionEncoder | PCAProjection) -> None:
         super().__init__()
         self.body = body
         n_genes, tokens, dim = body.n_genes, body.num_tokens, body.embed_dim
-        self.num_tokens, self.dim = int(tokens), int(dim)
+        self.num_tokens, self.dim = tokens, dim
         self.register_buffer("gene_mean", torch.zeros(n_genes))
         self.register_buffer("gene_scale", torch.ones(n_genes))
         self.register_buffer("library", torch.tensor([0.0, 1.0]))

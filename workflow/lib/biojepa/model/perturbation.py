@@ -32,7 +32,7 @@ class PerturbationEncoder(nn.Module):
         Whether seen genes have a learned token.
     """
 
-    codes: Tensor
+    seen: Tensor
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class PerturbationEncoder(nn.Module):
         """
         tokens, absent = [], []
         for name, project in zip(self.sources, self.project, strict=True):
-            values = getattr(self, f"codes_{name}")[gene]
+            values = self.get_buffer(f"codes_{name}")[gene]
             tokens.append(project(values))
             absent.append(~values.any(dim=1))
         if self.gene is not None:

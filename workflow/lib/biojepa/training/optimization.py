@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from biojepa.errors import InputError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_share: float = 0.1) -> float:
@@ -30,11 +33,11 @@ def move_average(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """Move the teacher towards the student by exactly 1 - decay; buffers are copied."""
     for average, current in zip(teacher.parameters(), student.parameters(), strict=True):
         average.lerp_(current, 1 - decay)
-    for average, current in zip(teacher.buffers(), student.buffers(), strict=True):
-        average.copy_(current)
+    for copied, buffer in zip(teacher.buffers(), student.buffers(), strict=True):
+        copied.copy_(buffer)
 
 
-def frozen_copy(module: nn.Module) -> nn.Module:
+def frozen_copy(module: M) -> M:
     """Copy a module; the copy receives no gradient and uses no dropout."""
     return copy.deepcopy(module).requires_grad_(False).eval()
 
@@ -43,7 +46,8 @@ def make_optimizer(
     modules: Iterable[nn.Module], weight_decay: float, device: torch.device
 ) -> torch.optim.AdamW:
     """AdamW; norms, biases and embeddings of position (all of fewer than two real axes) are not decayed."""
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for module in modules:
         for parameter in module.parameters():
             if parameter.requires_grad:

@@ -20,7 +20,7 @@ from torch import Tensor
 from biojepa.baselines import fit_linear_branch
 from biojepa.collapse import statistics
 from biojepa.contracts import TRAIN
-from biojepa.model.embedding import CellEmbedding
+from biojepa.model.embedding import CellEmbedding, PCAProjection
 from biojepa.pairs import CONTROL_CODE, Pairs, refuse_leaked_pairs, trainable_labels, validation_labels
 from biojepa.readout import calibrate_scale, fit_readout, gate
 from biojepa.training.cells import CellStore, Populations
@@ -301,9 +301,10 @@ def _embedding(
     embedding = make_embedding(settings, len(fold.pairs.genes)).to(store.device)
     mean, scale = store.moments(cells)
     embedding.fit_inputs(mean, scale, store.log_library[cells])
-    if settings.embedding == "pca":
+    body = embedding.body
+    if isinstance(body, PCAProjection):
         inputs = [embedding.inputs(store.rows(c), store.log_library[c])[0] for c in cells.split(4096)]
-        embedding.body.fit(torch.cat(inputs))
+        body.fit(torch.cat(inputs))
         return embedding.eval(), []
     if settings.embedding == "untrained":
         return embedding.requires_grad_(False).eval(), []

@@ -79,7 +79,11 @@ class TrainedModel:
         context = self.control_tokens.expand(len(index), -1, -1)
         change = self.weight * self._token_change(index)
         expression, tokens, sd = self.control_expression + self.readout.change(change), context + change, None
-        if self.linear_expression is not None:
+        if (
+            self.linear_expression is not None
+            and self.linear_tokens is not None
+            and self.linear_sd is not None
+        ):
             expression = expression + self.linear_expression[index]
             tokens = tokens + self.linear_tokens[index]
             sd = self.linear_sd[index].cpu().numpy()
@@ -105,9 +109,7 @@ class TrainedModel:
             "genes": list(self.genes),
             "labels": list(self.labels),
             "sets": list(self.sets),
-            "sources": {
-                name: getattr(self.predictor.perturbation, f"codes_{name}") for name in self._sources
-            },
+            "sources": self._codes,
             "seen": self.predictor.perturbation.seen,
             "embedding": self.embedding.state_dict(),
             "predictor": self.predictor.state_dict(),
@@ -119,8 +121,9 @@ class TrainedModel:
             torch.save(content, temporary)
 
     @property
-    def _sources(self) -> tuple[str, ...]:
-        return self.predictor.perturbation.sources
+    def _codes(self) -> dict[str, Tensor]:
+        perturbation = self.predictor.perturbation
+        return {name: perturbation.get_buffer(f"codes_{name}") for name in perturbation.sources}
 
 
 _ARRAYS = (
