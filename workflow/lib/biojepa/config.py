@@ -243,7 +243,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     for dataset in config.datasets:
         tested = config.settings(dataset, "evaluate")["model"]
         if tested not in config.models:
-            yield f"config, evaluate.model: found {tested}; expected one of {', '.join(config.models)}"
+            listed = ", ".join(config.models)
+            yield f"config, evaluate.model: found {tested}; expected one of models: {listed}"
         n_folds = config.settings(dataset, "pair")["n_folds"]
         high = [fold for fold in config.folds(dataset) if fold >= n_folds]
         if high:
