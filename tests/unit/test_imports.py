@@ -59,7 +59,8 @@ def test_every_rule_has_a_script_an_environment_and_the_digest_of_its_script():
     for name, script, environment, digest in RULES:
         assert script is not None, name
         assert environment is not None, name
-        assert digest == script, f"{name} passes the digest of {digest}"
+        # A verified file need not be fetched again because code changed.
+        assert digest == (None if name == "download" else script), f"{name} passes the digest of {digest}"
     assert sorted(script for _, script, _, _ in RULES) == sorted(path.stem for path in SCRIPTS.glob("*.py"))
     assert sorted(path.stem for path in (REPO / "envs").glob("*.yaml")) == ENVIRONMENTS
 

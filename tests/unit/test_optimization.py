@@ -85,7 +85,7 @@ def test_norms_biases_and_positions_are_not_decayed_and_matrices_are():
             ),
         ]
     )
-    groups = make_optimizer((model,), 0.05, torch.device("cpu")).param_groups
+    groups = make_optimizer((model,), 0.05).param_groups
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
     decayed = {id(p) for p in groups[0]["params"]}
     spared = {id(p) for p in groups[1]["params"]}
@@ -103,7 +103,7 @@ def test_norms_biases_and_positions_are_not_decayed_and_matrices_are():
 
 def test_frozen_parameters_are_not_optimized():
     frozen = nn.Linear(3, 3).requires_grad_(False)
-    groups = make_optimizer((frozen, nn.Linear(3, 3)), 0.1, torch.device("cpu")).param_groups
+    groups = make_optimizer((frozen, nn.Linear(3, 3)), 0.1).param_groups
     assert [len(group["params"]) for group in groups] == [1, 1]
 
 

@@ -194,6 +194,14 @@ def test_a_model_of_another_version_is_refused(tmp_path):
         load_model(tmp_path / "model.pt")
 
 
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "model.pt").write_text("not a model")
+    with pytest.raises(
+        InputError, match=r"model\.pt: found a file that torch cannot read.*rerun the train stage"
+    ):
+        load_model(tmp_path / "model.pt")
+
+
 def test_settings_survive_the_round_trip_and_unknown_choices_are_refused():
     settings = tiny_settings(priors="shuffled", encoder={"hidden": [7, 5]})
     assert settings.encoder.hidden == (7, 5)

@@ -149,7 +149,7 @@ def train_encoder(
         settings.invariance, settings.variance, settings.covariance, flatten=settings.regularizer == "flat"
     )
     modules = {"student": student, "teacher": teacher, "predictor": predictor, "action": action}
-    optimizer = make_optimizer((student, predictor, action), settings.weight_decay, device)
+    optimizer = make_optimizer((student, predictor, action), settings.weight_decay)
     batch_size = min(settings.batch_size, len(cells))
     monitored = cells[torch.linspace(0, len(cells) - 1, min(MONITOR_CELLS, len(cells))).long().to(device)]
     history: list[dict[str, float]] = []

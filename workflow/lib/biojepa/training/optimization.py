@@ -31,8 +31,7 @@ def ema_decay(step: int, steps: int, start: float = 0.996) -> float:
 @torch.no_grad()
 def move_average(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """Move the teacher towards the student by exactly 1 - decay; buffers are copied."""
-    for average, current in zip(teacher.parameters(), student.parameters(), strict=True):
-        average.lerp_(current, 1 - decay)
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
     for copied, buffer in zip(teacher.buffers(), student.buffers(), strict=True):
         copied.copy_(buffer)
 
@@ -42,9 +41,7 @@ def frozen_copy(module: M) -> M:
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 
-def make_optimizer(
-    modules: Iterable[nn.Module], weight_decay: float, device: torch.device
-) -> torch.optim.AdamW:
+def make_optimizer(modules: Iterable[nn.Module], weight_decay: float) -> torch.optim.AdamW:
     """AdamW; norms, biases and embeddings of position (all of fewer than two real axes) are not decayed."""
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
@@ -54,7 +51,7 @@ def make_optimizer(
                 is_matrix = sum(size > 1 for size in parameter.shape) >= 2 and parameter.ndim == 2
                 (decayed if is_matrix else spared).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float = 1.0) -> None:

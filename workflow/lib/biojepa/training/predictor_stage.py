@@ -110,7 +110,7 @@ def train_predictor(
     """
     device = latent.tokens.device
     teacher = frozen_copy(model)
-    optimizer = make_optimizer((model,), settings.weight_decay, device)
+    optimizer = make_optimizer((model,), settings.weight_decay)
     wanted = observed - control - latent.baseline[validation]
     context = control.expand(len(validation), -1, -1)
     history: list[dict[str, float]] = []

@@ -157,10 +157,9 @@ def load_model(path: str | Path, device: str = "cpu") -> TrainedModel:
             "a model.pt",
             "rerun the train stage",
         ) from error
-    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            path, "a model of another version", f"format version {FORMAT_VERSION}", "rerun the train stage"
-        )
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(path, f"format version {version}", str(FORMAT_VERSION), "rerun the train stage")
     settings = TrainSettings.from_config(content["settings"])
     embedding = make_embedding(settings, len(content["genes"])).to(device)
     embedding.load_state_dict(content["embedding"])

@@ -1,0 +1,130 @@
+"""Write the tables of ``docs/results.md`` from finished runs.
+
+    python benchmarks/write_results.py RESULTS_FOLDER [RESULTS_FOLDER ...] > docs/results.md
+
+Each folder is a ``results`` folder with ``{dataset}/{split}/evaluate/summary.tsv`` and, beside the
+datasets, ``provenance.json``. Scores are means over held-out perturbations with 95 % bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+METRICS = {
+    "pearson_delta_perturbed_mean": "Pearson Δ",
+    "rank_l2": "rank L2",
+    "rank_cosine": "rank cosine",
+    "weighted_r2_delta": "weighted R²",
+    "spread_ratio": "spread ratio",
+}
+CATEGORIES = ("combo_seen2", "combo_seen1", "combo_seen0", "single_in_combo", "single")
+DRAWS = 4000
+
+
+def cell(row: pd.Series) -> str:
+    """Write a mean with its interval, or a dash where there is none."""
+    if pd.isna(row["mean"]):
+        return "–"
+    return f"{row['mean']:.2f} ({row['ci_low']:.2f} to {row['ci_high']:.2f})"
+
+
+def by_model(summary: pd.DataFrame) -> Iterator[str]:
+    """Yield the lines of a table of models and metrics over all categories, best first."""
+    everything = summary[summary["category"] == "all"]
+    order = everything[everything["metric"] == "pearson_delta_perturbed_mean"].sort_values(
+        "mean", ascending=False
+    )
+    yield f"| model | {' | '.join(METRICS.values())} |"
+    yield "| --- |" + " ---: |" * len(METRICS)
+    for model in order["model"]:
+        rows = everything[everything["model"] == model].set_index("metric").reindex(list(METRICS))
+        yield f"| `{model}` | " + " | ".join(cell(row) for _, row in rows.iterrows()) + " |"
+
+
+def by_category(summary: pd.DataFrame) -> Iterator[str]:
+    """Yield the lines of a table of Pearson Δ by model and category."""
+    scores = summary[summary["metric"] == "pearson_delta_perturbed_mean"]
+    present = [name for name in CATEGORIES if name in set(scores["category"])]
+    numbers = {name: int(scores.loc[scores["category"] == name, "n"].max()) for name in present}
+    yield "| model | " + " | ".join(f"{name} (n = {numbers[name]})" for name in present) + " |"
+    yield "| --- |" + " ---: |" * len(present)
+    order = scores[scores["category"] == "all"].sort_values("mean", ascending=False)["model"]
+    for model in order:
+        rows = scores[scores["model"] == model].set_index("category").reindex(present)
+        yield f"| `{model}` | " + " | ".join(cell(row) for _, row in rows.iterrows()) + " |"
+
+
+def paired(metrics: pd.DataFrame, model: str, others: list[str]) -> Iterator[str]:
+    """Yield the lines of a table of paired differences, bootstrapped over perturbations."""
+    yield "| `" + model + "` minus | Pearson Δ | rank L2 | rank cosine |"
+    yield "| --- | ---: | ---: | ---: |"
+    rng = np.random.default_rng(0)
+    for other in others:
+        fields = []
+        for metric in ("pearson_delta_perturbed_mean", "rank_l2", "rank_cosine"):
+            scores = metrics[metrics["metric"] == metric]
+            wide = scores.groupby(["perturbation", "model"])["value"].mean().unstack()
+            gain = (wide[model] - wide[other]).dropna().to_numpy()
+            draws = gain[rng.integers(len(gain), size=(DRAWS, len(gain)))].mean(axis=1)
+            low, high = np.quantile(draws, [0.025, 0.975])
+            fields.append(f"{gain.mean():+.3f} ({low:+.3f} to {high:+.3f})")
+        yield f"| `{other}` | " + " | ".join(fields) + " |"
+
+
+def section(folder: Path) -> Iterator[str]:
+    """Yield the lines about one dataset and split; ``folder`` is that of ``evaluate``."""
+    summary = pd.read_csv(folder / "summary.tsv", sep="\t")
+    metrics = pd.read_csv(folder / "metrics.tsv", sep="\t")
+    verdict = json.loads((folder / "verdict.json").read_text(encoding="utf-8"))
+    dataset, split = folder.parts[-3], folder.parts[-2]
+    splits = sorted((folder.parent).glob("fold*/pair/split.json"))
+    yield f"## {dataset}, split by {split}, {len(splits)} folds"
+    yield ""
+    yield f"Verdict: {verdict['sentence']}"
+    yield ""
+    yield from by_model(summary)
+    yield ""
+    yield "By category, Pearson Δ:"
+    yield ""
+    yield from by_category(summary)
+    yield ""
+    others = ("mean", "no_change", "shuffled_priors", "ridge", "multihot", "kernel_ridge", "pca_predictor")
+    known = set(metrics["model"])
+    yield from paired(metrics, verdict["model"], [name for name in others if name in known])
+    yield ""
+
+
+def effort(results: Path) -> Iterator[str]:
+    """Yield what the runs took, from Snakemake's benchmark tables."""
+    record = json.loads((results / "provenance.json").read_text(encoding="utf-8"))
+    jobs = pd.DataFrame.from_dict(record["jobs"], orient="index")
+    yield (
+        f"Commit `{record['commit']}`; {len(jobs)} benchmarked jobs, {jobs['seconds'].sum():.0f} s in all, "
+        f"the longest {jobs['seconds'].max():.0f} s; peak memory of a job {jobs['max_rss_mb'].max():.0f} MB."
+    )
+    yield ""
+
+
+def main() -> None:
+    """Write all sections to standard output."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="+", type=Path)
+    lines = []
+    for results in parser.parse_args().results:
+        for folder in sorted(results.glob("*/*/evaluate")):
+            lines += section(folder)
+        lines += effort(results)
+    sys.stdout.write("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
