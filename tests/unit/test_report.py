@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -696,3 +697,21 @@ def test_files_and_runs_must_match(tmp_path: Path, inputs: ReportInputs) -> None
     files = write_files(tmp_path, inputs)
     with pytest.raises(InputError, match="4 files and 1 runs"):
         ReportFiles(**{**files.__dict__, "prediction_runs": files.prediction_runs[:1]})
+
+
+def test_a_shut_gate_is_said_beside_the_verdict(inputs: ReportInputs) -> None:
+    def shown(*weights: float) -> str:
+        runs = {
+            f"{inputs.main_model} fold{fold} seed0": {
+                "latent_weight": weight,
+                "linear_weights": {"gene": 1.0},
+            }
+            for fold, weight in enumerate(weights)
+        }
+        other = {"pca_predictor fold0 seed0": {"latent_weight": 1.0, "linear_weights": {}}}
+        return build_report(replace(inputs, train_metrics={**runs, **other}))
+
+    assert "opened the gate of the latent predictor in 1 of 3 trainings. Where it is shut" in shown(0, 0.4, 0)
+    assert "in 1 of 1 training." in shown(0.4)
+    assert "Where it is shut" not in shown(0.4)
+    assert "gate of the latent predictor" not in build_report(replace(inputs, train_metrics={}))

@@ -170,6 +170,27 @@ OUTCOMES = {
 }
 
 
+def _latent_share(inputs: ReportInputs) -> str:
+    """Say in how many trainings the latent predictor adds to the linear branch; empty without a gate.
+
+    Without this sentence a model whose gate is shut looks like a learned one that ties with the ridge.
+    """
+    runs = [
+        record
+        for name, record in inputs.train_metrics.items()
+        if name.split(" ")[0] == inputs.main_model and record.get("linear_weights")
+    ]
+    if not runs:
+        return ""
+    open_gates = sum(record["latent_weight"] > 0 for record in runs)
+    shut = len(runs) - open_gates
+    text = f"Validation perturbations opened the gate of the latent predictor in {open_gates} of {len(runs)} "
+    text += "training." if len(runs) == 1 else "trainings."
+    if shut:
+        text += " Where it is shut, the predictions are those of the linear branch alone (kernel_ridge)."
+    return text
+
+
 def _verdict(inputs: ReportInputs) -> dict[str, Any]:
     """Return the verdict as the page shows it; a file without a sentence says so."""
     verdict = inputs.verdict
@@ -180,6 +201,7 @@ def _verdict(inputs: ReportInputs) -> dict[str, Any]:
         "details": [item for item in details if item.get("scope") != contracts.ALL_CATEGORIES],
         "tone": tone,
         "label": label,
+        "latent": _latent_share(inputs),
         "unusable": [name for name in inputs.headline_metrics if not inputs.usable(name)],
         "rule": verdict.get("rule", ""),
     }
