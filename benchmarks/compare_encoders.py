@@ -1,13 +1,14 @@
 """Compare settings of the encoder by what its embedding of a perturbation still holds.
 
 Question: how well can the expression change of a perturbation be read out of its *observed* embedding?
-A latent predictor can do no better than that. Method: train the embedding and its linear readout on
-training cells exactly as the pipeline does, embed the cells of the *validation* perturbations, and read
-the change out of their mean tokens. Test perturbations have no cell in ``pairs.h5``. The penalty of the
-readout, one of five, is chosen on the same validation perturbations, alike for all variants. Score:
-Pearson correlation over genes of the change read out and observed, both against the training perturbed
-mean, and squared error summed over genes. Units: natural log of counts per target sum; seconds of the
-embedding and its readout, which depend on the machine and its load.
+A latent predictor learns to hit that embedding, so it can hardly do better. Method: train the embedding
+and its linear readout on training cells exactly as the pipeline does, embed the cells of the
+*validation* perturbations, and read the change out of their mean tokens. Test perturbations have no
+cell in ``pairs.h5``. The penalty of the readout, one of five, is chosen on the same validation
+perturbations, alike for all variants. Score: Pearson correlation over genes of the change read out and
+observed, both against the training perturbed mean, and squared error summed over genes. Units: natural
+log of counts per target sum; seconds of the embedding and its readout, which depend on the machine and
+its load.
 
 Usage::
 

@@ -13,8 +13,10 @@ from biojepa.baselines import fit_baselines
 from biojepa.embedding import Outputs, embed_and_predict
 from biojepa.errors import InputError
 from biojepa.evaluation.evaluate import evaluate
+from biojepa.evaluation.leakage import check_training_cells
 from biojepa.evaluation.predictions import PredictionFile
 from biojepa.evaluation.splits import read_split as read_fold
+from biojepa.evaluation.splits import read_split as read_fold_split
 from biojepa.files import read_tsv, sha256_of
 from biojepa.pairing import PairSettings, build_pairs
 from biojepa.pairs import read_pairs
@@ -214,3 +216,27 @@ def test_an_edited_split_is_refused_before_it_is_used(files, tested, tmp_path):
         with pytest.raises(InputError, match=r"split\.tsv: found SHA-256 .* frozen in .*split\.json"):
             attempt()
     assert sorted(tmp_path.iterdir()) == sorted(copy.values())
+
+
+@pytest.mark.parametrize(
+    ("hide_as", "message"),
+    [("control", r"test perturbations were read by training"), ("train", "another label")],
+)
+def test_a_cell_that_hides_under_another_label_is_found(finished, files, tested, tmp_path, hide_as, message):
+    """``pairs.h5`` alone cannot know: it takes the comparison with ``cells.h5ad``, cell by cell."""
+    planted = tmp_path / "pairs.h5"
+    shutil.copy2(files["pairs"], planted)
+    cells = ad.read_h5ad(files["cells"], backed="r")
+    held_out = cells.obs_names[cells.obs["perturbation"] == tested[0]][0]
+    with h5py.File(planted, "r+") as file:
+        codes = file["cells/perturbation"]
+        if hide_as == "control":
+            row = int(np.flatnonzero(codes[:] == -1)[0])
+            file["names/cell_names"][row] = held_out
+        else:
+            row = int(np.flatnonzero(codes[:] == -1)[0])
+            codes[row] = int(codes[:].max())
+    split = read_fold_split(files["split"], files["split"].with_suffix(".json"), 0)
+    assert check_training_cells(files["pairs"], files["cells"], split)[0]["passed"]
+    with pytest.raises(LeakageError, match=message):
+        check_training_cells(planted, files["cells"], split)

@@ -40,7 +40,7 @@ TABLE = (
     "dataset\tsource\tnetworks\tpathways\n"
     "demo\tsimulator\t{download}/network.tsv.gz\t\n"
     "mine\t{data_dir}/mine.h5ad\t\t\n"
-    "web\thttps://example.org/a/web%20screen.h5ad?x=1\t\t\n"
+    "web\thttps://example.org/a/web_screen.h5ad?x=1\t\t\n"
 )
 
 
@@ -178,7 +178,7 @@ def test_sources_know_where_their_files_are(folder):
     )
     assert demo.networks == ["resources/datasets/demo/network.tsv.gz"]
     assert (mine.path, mine.downloads) == ("data/mine.h5ad", [])
-    assert web.downloads == [web.path] == ["resources/datasets/web/web screen.h5ad"]
+    assert web.downloads == [web.path] == ["resources/datasets/web/web_screen.h5ad"]
     assert config.pattern("simulated") == "demo"
     assert config.pattern("downloaded") == "web"
     assert load().pattern("downloaded") == "(?!)"
@@ -224,6 +224,14 @@ def test_a_folder_is_read_file_by_file(folder):
         (
             {"models": ["mean", "shuffled_priors", "pca_predictor"], "evaluate": {"model": "pca_predictor"}},
             "shuffled_priors reuses the encoder of biojepa; add biojepa to the list",
+        ),
+        (
+            {"train": {"encoder": {"embed_dim": 65}}},
+            r"train\.encoder\.embed_dim: found 65; expected a multiple of the 4 heads",
+        ),
+        (
+            {"train": {"encoder": {"mask_low": 0.9, "mask_high": 0.5}}},
+            r"train\.encoder\.mask_low: found 0\.9; expected at most mask_high, 0\.5",
         ),
         ({"evaluate": {"model": "gears"}}, r"evaluate\.model: found gears; expected one of models"),
         ({"folds": [0, 7]}, r"^config, folds: found \[7\]; expected 0 to 4, since pair\.n_folds is 5$"),
@@ -274,6 +282,22 @@ def test_all_problems_are_told_at_once(folder):
         (
             "dataset\tsource\tperturbation_type\ndemo\tsimulator\tCRISPR\n",
             "perturbation_type: 'CRISPR' is not one of",
+        ),
+        (
+            "dataset\tsource\ndemo\thttps://a.org/..\n",
+            r"row demo, column source: https://a\.org/\.\. does not end in a plain file name",
+        ),
+        (
+            "dataset\tsource\ndemo\thttps://a.org/\n",
+            r"row demo, column source: https://a\.org/ does not end in a plain file name",
+        ),
+        (
+            "dataset\tsource\ndemo\thttps://a.org/matrix.mtx.gz\n",
+            r"row demo, column source: matrix\.mtx\.gz is not an \.h5ad",
+        ),
+        (
+            f"dataset\tsource\tchecksum\ndemo\tdata/mine.h5ad\tmd5:{'0' * 32}\n",
+            r"row demo, column checksum: data/mine\.h5ad is not fetched, so nothing checks its sum",
         ),
         (
             "dataset\tsource\tpathways\ndemo\tsimulator\tdata/mine.h5ad;data/mine.h5ad\n",

@@ -7,6 +7,7 @@ rule evaluate:
         cells="results/{dataset}/preprocess/cells.h5ad",
         splits=get_fold_files("pair/split.tsv"),
         split_infos=get_fold_files("pair/split.json"),
+        pairs=get_fold_files("pair/pairs.h5"),
         predictions=get_predictions,
         gene_sets=get_pathways,
     output:

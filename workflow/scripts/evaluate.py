@@ -32,6 +32,7 @@ def run(
     predictions: Sequence[tuple[Mapping[str, Any], str]],
     settings: Mapping[str, Any],
     gene_sets: str | None = None,
+    pairs: Sequence[str] | None = None,
 ) -> EvaluationResult:
     """Read the splits, name the prediction files and score them.
 
@@ -47,13 +48,15 @@ def run(
         Config section ``evaluate``.
     gene_sets
         GMT file, or None.
+    pairs
+        ``pairs.h5`` of each fold, to check what training read, or None.
     """
     folds = [read_split(table, info, fold) for table, info, fold in splits]
     files = [
         PredictionFile(str(entry["model"]), int(entry["fold"]), int(entry["seed"]), Path(path))
         for entry, path in predictions
     ]
-    return evaluate(cells, folds, files, EvaluationSettings.from_mapping(settings), gene_sets)
+    return evaluate(cells, folds, files, EvaluationSettings.from_mapping(settings), gene_sets, pairs)
 
 
 def write(result: EvaluationResult, output: Any) -> None:
@@ -75,6 +78,7 @@ if __name__ == "__main__":
             ),
             predictions=list(zip(snakemake.params.predictions, snakemake.input.predictions, strict=True)),
             settings=snakemake.params.settings,
+            pairs=list(snakemake.input.get("pairs", [])) or None,
             gene_sets=next(iter(snakemake.input.get("gene_sets", [])), None),
         )
         write(result, snakemake.output)

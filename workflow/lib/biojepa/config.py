@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -246,6 +247,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             listed = ", ".join(config.models)
             yield f"config, evaluate.model: found {tested}; expected one of models: {listed}"
         n_folds = config.settings(dataset, "pair")["n_folds"]
+        yield from _impossible_sizes(config.settings(dataset, "train"))
+        yield from _unusable_address(config.source(dataset), config.content["datasets"])
         high = [fold for fold in config.folds(dataset) if fold >= n_folds]
         if high:
             yield f"config, folds: found {high}; expected 0 to {n_folds - 1}, since pair.n_folds is {n_folds}"
@@ -256,6 +259,45 @@ def _contradictions(config: Config) -> Iterator[str]:
             )
         if len(config.source(dataset).pathways) > 1:
             yield f"{config.content['datasets']}, row {dataset}, column pathways: expected one GMT file"
+
+
+def _impossible_sizes(train: Mapping[str, Any]) -> Iterator[str]:
+    """Yield settings of the networks that would only fail once training starts."""
+    encoder, predictor = train["encoder"], train["predictor"]
+    widths = (
+        ("encoder.embed_dim", encoder["embed_dim"], encoder["heads"]),
+        ("encoder.predictor_width", encoder["predictor_width"], encoder["heads"]),
+        ("predictor.width", predictor["width"], predictor["heads"]),
+    )
+    for key, width, heads in widths:
+        if width % heads:
+            yield f"config, train.{key}: found {width}; expected a multiple of the {heads} heads"
+    if encoder["mask_low"] > encoder["mask_high"]:
+        yield (
+            f"config, train.encoder.mask_low: found {encoder['mask_low']}; expected at most mask_high, "
+            f"{encoder['mask_high']}"
+        )
+
+
+def _unusable_address(source: Source, table: str) -> Iterator[str]:
+    """Yield what is wrong with the address of a file to fetch, or with a checksum that nothing checks."""
+    where = f"{table}, row {source.name}"
+    if source.is_remote:
+        name = Path(source.path).name
+        # An address without a file name leaves the folder itself, whose parent is another.
+        in_folder = Path(source.path).parent == Path(source.folder)
+        if not in_folder or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            yield f"{where}, column source: {source.address} does not end in a plain file name"
+        elif source.row["format"] == "10x_mtx" or not name.endswith(".h5ad"):
+            yield (
+                f"{where}, column source: {name} is not an .h5ad, the format that can be fetched. "
+                "Fix: fetch and unpack it yourself, and give the local path"
+            )
+    elif source.checksum:
+        yield (
+            f"{where}, column checksum: {source.row['source']} is not fetched, so nothing checks its sum. "
+            "Fix: leave the field empty; the SHA-256 of every file read is recorded in cells.h5ad"
+        )
 
 
 def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Source]:

@@ -42,9 +42,11 @@ def read_tsv(path: str | Path, **options: Any) -> pd.DataFrame:
 
 
 def write_json(content: Any, path: str | Path) -> None:
-    """Write JSON with sorted keys, so that equal content gives equal bytes."""
+    """Write JSON with sorted keys, so that equal content gives equal bytes; NaN is refused, not JSON."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
 
 def write_text(content: str, path: str | Path) -> None:

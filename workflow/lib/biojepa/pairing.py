@@ -147,8 +147,8 @@ def build_pairs(
 
         mean, variance = gene_moments(file["X"], training, len(names))
         columns = select_genes(mean, variance, settings.n_genes, np.isin(names, genes))
-        position = {name: code for code, name in enumerate(split[PERTURBATION])}
-        perturbation = np.array([position.get(name, CONTROL_CODE) for name in label[keep]], dtype=np.int32)
+        position = {CONTROL: CONTROL_CODE} | {name: code for code, name in enumerate(split[PERTURBATION])}
+        perturbation = np.array([position[name] for name in label[keep]], dtype=np.int32)
         batches = obs.loc[keep, BATCH].astype(str)
         batch_names = sorted(batches.unique())
         batch = pd.Categorical(batches, categories=batch_names).codes.astype(np.int32)

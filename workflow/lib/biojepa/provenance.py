@@ -72,7 +72,8 @@ def record_of_run(
         A folder of the pipeline's checkout.
     """
     jobs = {}
-    for path in sorted(benchmarks.rglob("*.tsv")):
+    # Of these datasets alone: the folder may hold jobs of earlier runs with others.
+    for path in sorted(path for dataset in config for path in (benchmarks / dataset).rglob("*.tsv")):
         table = pd.read_csv(path, sep="\t", na_values=["-", "NA"])
         jobs[path.relative_to(benchmarks).with_suffix("").as_posix()] = {
             "seconds": float(table["s"].iloc[-1]),

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MIN_T = 2.0
+
 
 @dataclass(frozen=True)
 class Readout:
@@ -88,7 +90,8 @@ def gate(addition: np.ndarray, residual: np.ndarray) -> tuple[float, float]:
     """Decide how much of the latent prediction to add to the linear branch.
 
     The least-squares coefficient of ``residual`` on ``addition``, shrunken by 1 - 1/t² (the positive-part
-    James-Stein factor) with t from the spread over perturbations: it is 0 where the gain could be chance.
+    James-Stein factor) with t from the spread over perturbations, and 0 below t = 2. The perturbations
+    are those that early stopping looked at, so the gate is lenient; the linear branch is the fall-back.
 
     Parameters
     ----------
@@ -112,7 +115,7 @@ def gate(addition: np.ndarray, residual: np.ndarray) -> tuple[float, float]:
     n = len(addition)
     error = np.sqrt((score**2).sum() * n / (n - 1)) / energy.sum()
     t = float(coefficient / max(error, 1e-12))
-    return (float(np.clip(coefficient * max(0.0, 1 - 1 / t**2), 0, 1)), t) if t > 0 else (0.0, t)
+    return (float(np.clip(coefficient * (1 - 1 / t**2), 0, 1)), t) if t >= MIN_T else (0.0, t)
 
 
 def calibrate_scale(prediction: np.ndarray, observed: np.ndarray) -> float:

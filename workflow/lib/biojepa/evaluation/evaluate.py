@@ -30,6 +30,7 @@ from biojepa.evaluation.enrichment import (
     enrichment_table,
     pathway_correlation,
 )
+from biojepa.evaluation.leakage import check_all
 from biojepa.evaluation.metrics import METRICS, all_metrics
 from biojepa.evaluation.observed import observed_means
 from biojepa.evaluation.predictions import (
@@ -94,6 +95,7 @@ def evaluate(
     predictions: Sequence[PredictionFile],
     settings: EvaluationSettings | None = None,
     gene_sets: str | Path | None = None,
+    pairs: Sequence[str | Path] | None = None,
 ) -> EvaluationResult:
     """Score predictions on the test perturbations of every fold.
 
@@ -112,13 +114,19 @@ def evaluate(
         Defaults where not given.
     gene_sets
         GMT file; without it, no enrichment.
+    pairs
+        ``pairs.h5`` of each fold, in the order of ``splits``, to check what training read; None where the
+        predictions were made elsewhere.
 
     Raises
     ------
     InputError
         If a file does not fit the split, the cells or the other models.
+    LeakageError
+        If training read a cell of a test perturbation.
     """
     settings = settings or EvaluationSettings()
+    read_by_training = [] if pairs is None else check_all(pairs, cells_path, splits)
     folds = _load_folds(Path(cells_path), splits, predictions, settings)
     tested = pd.concat(
         [pd.DataFrame({PERTURBATION: f.truth.perturbations, CATEGORY: f.truth.categories}) for f in folds]
@@ -134,7 +142,7 @@ def evaluate(
     in_summary = [table for table in tables if table.scope.name not in (SEEN, UNSEEN)]
     summary = summarize(in_summary, settings.baselines, settings.confidence)
     verdict = reach_verdict(tables, settings)
-    verdict["sentinels"] = finite_or_none(sentinels)
+    verdict["sentinels"] = finite_or_none(read_by_training + sentinels)
     metrics = scores[list(METRICS_COLUMNS)].reset_index(drop=True)
     return EvaluationResult(
         metrics,
@@ -212,7 +220,7 @@ def _score_all(
             LOGGER.info("scored %s, fold %d, seed %d", file.model, file.fold, file.seed)
         sentinels.append(
             sentinel(
-                f"fold {split.fold}: every prediction declares the set of the split",
+                f"fold {split.fold}: every prediction declares the sets and the checksum of the split",
                 True,
                 f"{len(fold.files)} models on {len(fold.truth.perturbations)} test perturbations",
             )

@@ -214,7 +214,8 @@ def _summary_block(table: MetricTable, baselines: Sequence[str], confidence: flo
     low, high = interval(table.draws, confidence)
     # One perturbation resamples to itself: an interval of width 0 would claim certainty.
     low, high = (np.where(table.n > 1, bound, np.nan) for bound in (low, high))
-    gap, gap_low, gap_high = table.gap_closed(confidence)
+    gap, *gap_bounds = table.gap_closed(confidence)
+    gap_low, gap_high = (np.where(table.n > 1, bound, np.nan) for bound in gap_bounds)
     best = table.best_baseline(baselines)
     rows = []
     for column, model in enumerate(table.models):

@@ -172,7 +172,7 @@ def _read_10x(folder: Path, source: ScreenSource) -> Parts:
             folder,
             "a file",
             "a folder with matrix.mtx, features.tsv and barcodes.tsv",
-            "set `path` to the folder",
+            "set `source` to the folder",
         )
     matrix_path = _member(folder, "matrix.mtx")
     features_path = _member(folder, "features.tsv", "genes.tsv")

@@ -38,17 +38,23 @@ class SimulatorSettings:
         Guides that target one gene.
     share_control
         Share of the cells whose guide is non-targeting, and of the guides that are.
-    share_no_guide, share_two_guides, share_doublets, share_dying
-        Shares of the barcodes whose guide was not captured, that took up a second guide by accident
-        (cells of single perturbations only), that hold two cells, and that are dying (mitochondrial
-        share several times higher, shallow).
+    share_no_guide
+        Share of the barcodes whose guide was not captured.
+    share_two_guides
+        Share that took up a second guide by accident (cells of single perturbations only).
+    share_doublets
+        Share of the barcodes that hold two cells.
+    share_dying
+        Share that are dying: mitochondrial share several times higher, shallow.
     share_weak_guides
         Share of the targeting guides that reach 5-30 % of the effect (the others 85-100 %).
     share_interactions
         Share of the combinations that are not additive in log space: partners of one module
         buffer (the sum is multiplied by 0.3-0.7), partners of two modules are synergistic (1.3-1.7).
-    share_clear, share_weak
-        Shares of the perturbed genes with a clear effect and with hardly any; the rest is between.
+    share_clear
+        Share of the perturbed genes with a clear effect.
+    share_weak
+        Share of the perturbed genes with hardly any effect; the rest is between.
     effect_strength
         Multiplies all log fold changes but the knock-down itself.
     knock_down_log2
@@ -180,7 +186,7 @@ _DEFAULTS = {key.name: key.default for key in fields(SimulatorSettings)}
 
 
 def _setting_error(name: str, found: str, expected: str, fix: str) -> InputError:
-    return InputError(f"config, simulator.{name}", found, expected, fix)
+    return InputError(f"config, download.simulator.{name}", found, expected, fix)
 
 
 @dataclass(frozen=True)

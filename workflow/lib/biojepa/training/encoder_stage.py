@@ -52,7 +52,7 @@ class EncoderSettings:
     variance, covariance, invariance
         Weights of VICReg.
     regularizer
-        ``per_token``, or ``flat`` for the form that collapses.
+        ``per_token``, or ``flat`` for the form that a collapsed encoder can satisfy.
     ema
         Initial momentum of the teacher.
     action_weight

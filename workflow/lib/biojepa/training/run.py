@@ -328,13 +328,13 @@ def _label_means(pairs: Pairs, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return means[1:], means[0]
 
 
-def _believe(model: TrainedModel, validation: np.ndarray, observed: np.ndarray) -> tuple[float, float]:
+def _believe(model: TrainedModel, validation: np.ndarray, observed: np.ndarray) -> tuple[float, float | None]:
     """Weigh the latent prediction by validation perturbations: gate it, or scale it where it is alone."""
     if not len(validation):
         return (0.0 if model.linear_expression is not None else 1.0), 0.0
     latent = model.latent_change(validation).cpu().numpy()
     if model.linear_expression is None:
-        return calibrate_scale(latent, observed), float("nan")
+        return calibrate_scale(latent, observed), None
     linear = model.linear_expression[torch.as_tensor(validation)].cpu().numpy()
     return gate(latent, observed - linear)
 
