@@ -133,8 +133,10 @@ def files_of_models(wildcards, models, tail):
 
 
 def train_gpus(wildcards):
-    """One GPU for a job that may use it, none for a job that must not."""
-    return 0 if CONFIG.settings(wildcards.dataset, "train")["device"] == "cpu" else 1
+    """One GPU where the device is cuda, or auto on a machine that has one; else jobs would wait in line."""
+    device = CONFIG.settings(wildcards.dataset, "train")["device"]
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    return int(device == "cuda" or (device == "auto" and has_gpu))
 
 
 def prediction_runs(dataset):
