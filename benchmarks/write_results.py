@@ -2,8 +2,8 @@
 
     python benchmarks/write_results.py RESULTS_FOLDER [RESULTS_FOLDER ...] > docs/results.md
 
-Each folder is a ``results`` folder with ``{dataset}/{split}/evaluate/summary.tsv`` and, beside the
-datasets, ``provenance.json``. Scores are means over held-out perturbations with 95 % bootstrap intervals.
+Each folder is a ``results`` folder with ``{dataset}/{split}/evaluate/summary.tsv``; ``logs/benchmarks``
+beside it says what the jobs took. Scores are means over held-out perturbations with 95 % bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -26,6 +26,21 @@ METRICS = {
 }
 CATEGORIES = ("combo_seen2", "combo_seen1", "combo_seen0", "single_in_combo", "single")
 DRAWS = 4000
+HEAD = """# Results
+
+Made by `python benchmarks/write_results.py results > docs/results.md` after these runs, on two CPU cores
+without a GPU. `FOLDER` holds the two published screens, the networks and the gene sets.
+
+```sh
+./run.sh demo
+./run.sh --cores 2 --configfile config/examples/norman_tiny.yaml --config data_dir=FOLDER
+./run.sh --cores 2 --configfile config/examples/papalexi.yaml --config data_dir=FOLDER
+```
+
+Means over held-out perturbations, 95 % bootstrap intervals over perturbations. The paired differences are
+bootstrapped too. `duplicate`, `interpolated_duplicate` and the oracles see test cells, as positive controls
+must. `no_change` is not at 0: weak perturbations look alike relative to the mean of all.
+"""
 
 
 def cell(row: pd.Series) -> str:
@@ -101,13 +116,16 @@ def section(folder: Path) -> Iterator[str]:
     yield ""
 
 
-def effort(results: Path) -> Iterator[str]:
-    """Yield what the runs took, from Snakemake's benchmark tables."""
-    record = json.loads((results / "provenance.json").read_text(encoding="utf-8"))
-    jobs = pd.DataFrame.from_dict(record["jobs"], orient="index")
+def effort(folder: Path) -> Iterator[str]:
+    """Yield what the jobs of one dataset took, from Snakemake's benchmark tables beside the results."""
+    dataset = folder.parts[-3]
+    tables = sorted((folder.parents[3] / "logs" / "benchmarks" / dataset).rglob("*.tsv"))
+    if not tables:
+        return
+    jobs = pd.concat([pd.read_csv(path, sep="\t", na_values=["-", "NA"]) for path in tables])
     yield (
-        f"Commit `{record['commit']}`; {len(jobs)} benchmarked jobs, {jobs['seconds'].sum():.0f} s in all, "
-        f"the longest {jobs['seconds'].max():.0f} s; peak memory of a job {jobs['max_rss_mb'].max():.0f} MB."
+        f"{len(jobs)} benchmarked jobs: {jobs['s'].sum():.0f} s one after the other, the longest "
+        f"{jobs['s'].max():.0f} s; peak memory of a job {jobs['max_rss'].max():.0f} MB."
     )
     yield ""
 
@@ -118,11 +136,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="+", type=Path)
-    lines = []
+    lines = [HEAD]
     for results in parser.parse_args().results:
         for folder in sorted(results.glob("*/*/evaluate")):
-            lines += section(folder)
-        lines += effort(results)
+            lines += [*section(folder), *effort(folder)]
     sys.stdout.write("\n".join(lines))
 
 
