@@ -10,9 +10,9 @@ import pytest
 from evaluation_case import random_truth
 from scipy import stats
 
+from biojepa.contracts import ENRICHMENT_COLUMNS
 from biojepa.errors import InputError
 from biojepa.evaluation.enrichment import (
-    ENRICHMENT_COLUMNS,
     choose_gene_sets,
     choose_perturbations,
     enrichment_scores,

@@ -8,7 +8,7 @@ import pandas as pd
 LIBRARY = Path(workflow.current_basedir).parent / "lib"
 sys.path.insert(0, str(LIBRARY))
 
-from biojepa.config import ConfigError, load_config
+from biojepa.config import ConfigError, load_config, machine_has_gpu
 from biojepa.imports import code_digest
 from biojepa.models import (
     ORACLES,
@@ -135,8 +135,7 @@ def files_of_models(wildcards, models, tail):
 def train_gpus(wildcards):
     """One GPU where the device is cuda, or auto on a machine that has one; else jobs would wait in line."""
     device = CONFIG.settings(wildcards.dataset, "train")["device"]
-    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-    return int(device == "cuda" or (device == "auto" and has_gpu))
+    return int(device == "cuda" or (device == "auto" and machine_has_gpu()))
 
 
 def prediction_runs(dataset):

@@ -198,6 +198,11 @@ class Config:
         }
 
 
+def machine_has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, found without importing torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
     """Check a config and the table it names, and fill in the defaults.
 

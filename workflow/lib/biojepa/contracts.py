@@ -90,6 +90,17 @@ SUMMARY_COLUMNS = (
     "win_rate",
     "harm_rate",
 )
+ENRICHMENT_COLUMNS = (
+    "model",
+    "fold",
+    "seed",
+    "perturbation",
+    "category",
+    "gene_set",
+    "nes_pred",
+    "nes_true",
+    "fdr_true",
+)
 
 # --- values of the wildcard {model} ---------------------------------------------------------------
 LINEAR_BASELINES = (

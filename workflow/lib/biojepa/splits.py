@@ -27,17 +27,13 @@ from biojepa.contracts import (
 )
 from biojepa.errors import InputError
 from biojepa.files import read_tsv, sha256_of, write_json, write_tsv
+from biojepa.labels import genes_of
 
 MIN_PERTURBATIONS = 6
 
 
 class LeakageError(RuntimeError):
     """A held-out perturbation was found where only training perturbations may be."""
-
-
-def genes_of(label: str) -> tuple[str, ...]:
-    """Return the perturbed genes of a label, ``()`` for control."""
-    return () if label == CONTROL else tuple(label.split(GENE_SEPARATOR))
 
 
 def categorize(label: str, training: Collection[str]) -> tuple[str, int]:

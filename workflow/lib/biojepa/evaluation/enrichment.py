@@ -16,22 +16,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from biojepa.contracts import ENRICHMENT_COLUMNS
 from biojepa.errors import InputError
 from biojepa.evaluation.settings import EnrichmentSettings
 from biojepa.evaluation.truth import FoldTruth
 from biojepa.gene_sets import read_gene_sets
 
-ENRICHMENT_COLUMNS = (
-    "model",
-    "fold",
-    "seed",
-    "perturbation",
-    "category",
-    "gene_set",
-    "nes_pred",
-    "nes_true",
-    "fdr_true",
-)
 MIN_SHARED_SETS = 5
 
 

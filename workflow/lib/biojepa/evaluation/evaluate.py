@@ -16,6 +16,7 @@ import pandas as pd
 from biojepa.contracts import (
     ALL_CATEGORIES,
     CATEGORY,
+    ENRICHMENT_COLUMNS,
     METRICS_COLUMNS,
     PERTURBATION,
     SUMMARY_COLUMNS,
@@ -23,7 +24,6 @@ from biojepa.contracts import (
 )
 from biojepa.errors import InputError
 from biojepa.evaluation.enrichment import (
-    ENRICHMENT_COLUMNS,
     choose_gene_sets,
     choose_perturbations,
     enrichment_scores,

@@ -11,17 +11,6 @@ from biojepa import contracts
 from biojepa.errors import InputError
 from biojepa.report.glossary import HEADLINE, METRIC_ORDER, PRIMARY_METRIC, metric_text
 
-ENRICHMENT_COLUMNS = (
-    "model",
-    "fold",
-    "seed",
-    "perturbation",
-    "category",
-    "gene_set",
-    "nes_pred",
-    "nes_true",
-    "fdr_true",
-)
 NORM_COLUMNS = ("model", "perturbation", "observed", "predicted")
 UMAP_COLUMNS = ("cell", "umap_1", "umap_2", contracts.PERTURBATION, contracts.SET, contracts.BATCH)
 
@@ -108,7 +97,7 @@ class ReportInputs:
         required = {
             "metrics": contracts.METRICS_COLUMNS,
             "summary": contracts.SUMMARY_COLUMNS,
-            "enrichment": ENRICHMENT_COLUMNS,
+            "enrichment": contracts.ENRICHMENT_COLUMNS,
             "qc": contracts.QC_COLUMNS,
             "perturbations": contracts.PERTURBATION_TABLE_COLUMNS,
             "norms": NORM_COLUMNS,

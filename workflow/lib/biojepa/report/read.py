@@ -16,7 +16,7 @@ import pandas as pd
 from biojepa import contracts
 from biojepa.errors import InputError
 from biojepa.files import read_tsv
-from biojepa.report.inputs import ENRICHMENT_COLUMNS, NORM_COLUMNS, Profile, ReportInputs, require_columns
+from biojepa.report.inputs import NORM_COLUMNS, Profile, ReportInputs, require_columns
 
 logger = logging.getLogger(__name__)
 MAX_PROFILE_GENES, MIN_PROFILE_GENES = 200, 20
@@ -109,7 +109,7 @@ def read_report(
     splits = [json.loads(path.read_text(encoding="utf-8")) for path in files.splits]
     enrichment = _table(files.enrichment) if files.enrichment.stat().st_size else pd.DataFrame()
     if enrichment.empty:
-        enrichment = pd.DataFrame(columns=list(ENRICHMENT_COLUMNS))
+        enrichment = pd.DataFrame(columns=list(contracts.ENRICHMENT_COLUMNS))
     require_columns(summary, contracts.SUMMARY_COLUMNS, str(files.summary))
     main_model = str(verdict.get("model") or "biojepa")
     truth = anndata.read_h5ad(files.observed)
