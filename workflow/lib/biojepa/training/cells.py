@@ -9,6 +9,12 @@ from torch import Tensor
 from biojepa.pairs import CONTROL_CODE, Pairs
 
 
+def spread(cells: Tensor, size: int) -> Tensor:
+    """Take at most ``size`` of ``cells`` (N,), evenly over their order."""
+    place = torch.linspace(0, len(cells) - 1, min(size, len(cells)), device=cells.device)
+    return cells[place.long()]
+
+
 class CellStore:
     """Sparse expression of cells on a device, rows made dense a batch at a time.
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from biojepa.collapse import refuse_collapse, statistics
 from biojepa.model.embedding import CellEmbedding
@@ -17,7 +15,7 @@ from biojepa.model.encoder import GeneExpressionEncoder
 from biojepa.model.losses import VICRegLoss
 from biojepa.model.masks import gene_mask
 from biojepa.model.predictor import JEPAPredictor
-from biojepa.training.cells import CellStore
+from biojepa.training.cells import CellStore, spread
 from biojepa.training.checkpoint import Checkpoint
 from biojepa.training.optimization import (
     apply_gradients,
@@ -26,6 +24,7 @@ from biojepa.training.optimization import (
     learning_rate,
     make_optimizer,
     move_average,
+    progress_bar,
     seed_step,
 )
 
@@ -151,7 +150,7 @@ def train_encoder(
     modules = {"student": student, "teacher": teacher, "predictor": predictor, "action": action}
     optimizer = make_optimizer((student, predictor, action), settings.weight_decay)
     batch_size = min(settings.batch_size, len(cells))
-    monitored = cells[torch.linspace(0, len(cells) - 1, min(MONITOR_CELLS, len(cells))).long().to(device)]
+    monitored = spread(cells, MONITOR_CELLS)
     history: list[dict[str, float]] = []
     start = 0
     if state := checkpoint.load():
@@ -160,14 +159,7 @@ def train_encoder(
         optimizer.load_state_dict(state["optimizer"])
         start, history = state["step"], state["history"]
 
-    progress = tqdm(
-        range(start, settings.steps),
-        "encoder",
-        initial=start,
-        total=settings.steps,
-        mininterval=2,
-        file=sys.stderr,
-    )
+    progress = progress_bar("encoder", start, settings.steps)
     for step in progress:
         seed_step(seed, STAGE, step)
         chosen = cells[torch.randint(len(cells), (batch_size,), device=device)]

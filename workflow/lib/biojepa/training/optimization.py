@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from biojepa.errors import InputError
 
@@ -72,6 +74,11 @@ def seed_step(seed: int, stage: int, step: int) -> None:
     run draws what an uninterrupted one would have drawn, without saving generator states.
     """
     torch.manual_seed((seed * 8 + stage) * 100_000_007 + step)
+
+
+def progress_bar(stage: str, start: int, steps: int) -> tqdm:
+    """Count the steps of a stage from ``start``, on standard error, at most every two seconds."""
+    return tqdm(range(start, steps), stage, initial=start, total=steps, mininterval=2, file=sys.stderr)
 
 
 def choose_device(wanted: str) -> torch.device:

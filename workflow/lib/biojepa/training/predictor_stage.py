@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from biojepa.model.biojepa import BioJEPA
 from biojepa.training.cells import Populations
@@ -19,6 +17,7 @@ from biojepa.training.optimization import (
     learning_rate,
     make_optimizer,
     move_average,
+    progress_bar,
     seed_step,
 )
 
@@ -124,14 +123,7 @@ def train_predictor(
         best, best_loss, looks = state["best"], state["best_loss"], state["looks"]
         start, history = state["step"], state["history"]
 
-    progress = tqdm(
-        range(start, settings.steps),
-        "predictor",
-        initial=start,
-        total=settings.steps,
-        mininterval=2,
-        file=sys.stderr,
-    )
+    progress = progress_bar("predictor", start, settings.steps)
     model.train()
     for step in progress:
         if looks >= settings.patience:

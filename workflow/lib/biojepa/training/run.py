@@ -23,7 +23,7 @@ from biojepa.contracts import TRAIN
 from biojepa.model.embedding import CellEmbedding, PCAProjection
 from biojepa.pairs import CONTROL_CODE, Pairs, refuse_leaked_pairs, trainable_labels, validation_labels
 from biojepa.readout import calibrate_scale, fit_readout, gate
-from biojepa.training.cells import CellStore, Populations
+from biojepa.training.cells import CellStore, Populations, spread
 from biojepa.training.checkpoint import Checkpoint
 from biojepa.training.encoder_stage import MONITOR_CELLS, train_encoder
 from biojepa.training.optimization import choose_device
@@ -104,8 +104,7 @@ class _Fold:
     @property
     def monitored(self) -> Tensor:
         """Training cells that the collapse statistics are taken of, drawn evenly."""
-        size = min(MONITOR_CELLS, len(self.cells))
-        return self.cells[torch.linspace(0, len(self.cells) - 1, size).long().to(self.cells.device)]
+        return spread(self.cells, MONITOR_CELLS)
 
 
 @dataclass(frozen=True)
