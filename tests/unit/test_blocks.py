@@ -1,23 +1,18 @@
-"""Claims about attention, the encoder and the predictors."""
+"""Claims about attention and the transformer blocks, against those of PyTorch with the same weights."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from biojepa.model import (
-    ConditionalPredictor,
-    CrossAttentionBlock,
-    GeneExpressionEncoder,
-    JEPAPredictor,
-    TransformerBlock,
-)
-from biojepa.model.blocks import CrossAttention, SelfAttention
+from biojepa.model import CrossAttentionBlock, FiLM, TransformerBlock
+from biojepa.model.blocks import CrossAttention, SelfAttention, evaluation
 
 D, HEADS = 16, 4
+PADDED_SELF = torch.tensor([[False] * 7, [False, True, True] + [False] * 4, [True] * 6 + [False]])
+PADDED_CROSS = torch.tensor([[False] * 5, [False, True, True, False, True], [True] * 4 + [False]])
 
 
 @pytest.fixture(autouse=True)
@@ -38,25 +33,42 @@ def torch_attention(weight: torch.Tensor, bias: torch.Tensor, out: nn.Linear) ->
     return attention
 
 
-def test_self_attention_equals_that_of_pytorch():
+def torch_cross_attention(ours: CrossAttention) -> nn.MultiheadAttention:
+    weight = torch.cat([ours.query.weight, ours.key_value.weight])
+    return torch_attention(weight, torch.cat([ours.query.bias, ours.key_value.bias]), ours.out)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_self_attention_equals_that_of_pytorch_with_and_without_padding(padded):
     ours, x = SelfAttention(D, HEADS), torch.randn(3, 7, D)
     theirs = torch_attention(ours.qkv.weight, ours.qkv.bias, ours.out)
-    torch.testing.assert_close(ours(x), theirs(x, x, x, need_weights=False)[0])
+    absent = PADDED_SELF if padded else None
+    expected, _ = theirs(x, x, x, key_padding_mask=absent, need_weights=False)
+    torch.testing.assert_close(ours(x, absent), expected)
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_cross_attention_equals_that_of_pytorch_with_and_without_padding(padded):
     ours, x, condition = CrossAttention(D, HEADS), torch.randn(3, 7, D), torch.randn(3, 5, D)
-    weight = torch.cat([ours.query.weight, ours.key_value.weight])
-    theirs = torch_attention(weight, torch.cat([ours.query.bias, ours.key_value.bias]), ours.out)
-    absent = torch.tensor([[False] * 5, [False, True, True, False, True], [True] * 4 + [False]])
-    absent = absent if padded else None
-    expected, _ = theirs(x, condition, condition, key_padding_mask=absent, need_weights=False)
+    absent = PADDED_CROSS if padded else None
+    expected, _ = torch_cross_attention(ours)(
+        x, condition, condition, key_padding_mask=absent, need_weights=False
+    )
     torch.testing.assert_close(ours(x, condition, absent), expected)
 
 
-def test_a_block_is_that_of_pytorch_with_norms_first():
-    ours, x = TransformerBlock(D, HEADS, mlp_ratio=3.0), torch.randn(2, 6, D)
+def test_attention_has_the_gradient_of_pytorch():
+    ours, x = SelfAttention(D, HEADS), torch.randn(3, 7, D)
+    theirs = torch_attention(ours.qkv.weight, ours.qkv.bias, ours.out)
+    ours(x).square().sum().backward()
+    theirs(x, x, x, need_weights=False)[0].square().sum().backward()
+    torch.testing.assert_close(ours.qkv.weight.grad, theirs.in_proj_weight.grad)
+    torch.testing.assert_close(ours.out.weight.grad, theirs.out_proj.weight.grad)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_block_is_that_of_pytorch_with_norms_first(padded):
+    ours, x = TransformerBlock(D, HEADS, mlp_ratio=3.0), torch.randn(3, 7, D)
     theirs = nn.TransformerEncoderLayer(
         D, HEADS, 3 * D, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True
     )
@@ -68,14 +80,46 @@ def test_a_block_is_that_of_pytorch_with_norms_first():
         (ours.mlp[0], theirs.linear1),
         (ours.mlp[2], theirs.linear2),
     ):
+        nn.init.normal_(mine.weight)
         yours.load_state_dict(mine.state_dict())
-    torch.testing.assert_close(ours(x), theirs(x))
+    absent = PADDED_SELF if padded else None
+    present = slice(None) if absent is None else ~absent
+    torch.testing.assert_close(ours(x, absent)[present], theirs(x, src_key_padding_mask=absent)[present])
+
+
+def test_a_cross_attention_block_is_the_published_chain_of_norms_attention_and_mlp():
+    block, x, condition = CrossAttentionBlock(D, HEADS), torch.randn(3, 7, D), torch.randn(3, 5, D)
+    for norm in (block.norm_query, block.norm_condition, block.norm_mlp):
+        nn.init.normal_(norm.weight)
+
+    def normed(layer: nn.LayerNorm, z: torch.Tensor) -> torch.Tensor:
+        centred = z - z.mean(dim=-1, keepdim=True)
+        return centred / (z.var(dim=-1, correction=0, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
+
+    key = normed(block.norm_condition, condition)
+    attended, _ = torch_cross_attention(block.cross)(
+        normed(block.norm_query, x), key, key, key_padding_mask=PADDED_CROSS, need_weights=False
+    )
+    middle = x + attended
+    first, last = block.mlp[0], block.mlp[2]
+    hidden = F.gelu(normed(block.norm_mlp, middle) @ first.weight.T + first.bias)
+    expected = middle + hidden @ last.weight.T + last.bias
+    torch.testing.assert_close(block(x, condition, PADDED_CROSS), expected)
+    assert first.weight.shape == (4 * D, D)
 
 
 def test_attention_to_a_single_condition_adds_the_same_vector_to_every_token():
-    attention = CrossAttention(D, HEADS)
-    added = attention(torch.randn(2, 7, D), torch.randn(2, 1, D))
+    attention, x = CrossAttention(D, HEADS), torch.randn(2, 7, D)
+    added = attention(x, torch.randn(2, 1, D))
     torch.testing.assert_close(added, added[:, :1].expand_as(added))
+    several = attention(x, torch.randn(2, 3, D))
+    assert (several - several[:, :1]).abs().max() > 1e-3
+
+
+def test_a_cell_without_any_condition_token_gets_the_same_as_from_zero_values():
+    attention, absent = CrossAttention(D, HEADS), torch.ones(2, 5, dtype=torch.bool)
+    added = attention(torch.randn(2, 7, D), torch.randn(2, 5, D), absent)
+    torch.testing.assert_close(added, attention.out.bias.expand_as(added))
 
 
 def test_blocks_do_not_know_the_order_of_tokens():
@@ -86,116 +130,92 @@ def test_blocks_do_not_know_the_order_of_tokens():
     torch.testing.assert_close(cross(x, condition[:, torch.randperm(5)]), cross(x, condition))
 
 
+def test_padding_changes_nothing_whatever_it_holds():
+    block, x = TransformerBlock(D, HEADS), torch.randn(3, 7, D)
+    padded = torch.cat([x, 1e3 * torch.randn(3, 2, D)], dim=1)
+    absent = (torch.arange(9) > 6).expand(3, 9)
+    torch.testing.assert_close(block(padded, absent)[:, :7], block(x))
+    assert not torch.allclose(block(padded)[:, :7], block(x), atol=1e-3)
+
+
+def test_film_is_the_identity_at_the_start_and_then_scales_and_shifts_by_the_mean_of_present_tokens():
+    film, x, condition = FiLM(D), torch.randn(3, 7, D), torch.randn(3, 5, D)
+    assert torch.equal(film(x, condition), x)
+    nn.init.normal_(film.scale_and_shift.weight)
+    nn.init.normal_(film.scale_and_shift.bias)
+    weight, bias = film.scale_and_shift.weight, film.scale_and_shift.bias
+    expected = []
+    for cell in range(3):
+        pooled = condition[cell][~PADDED_CROSS[cell]].mean(dim=0)
+        scale, shift = weight[:D] @ pooled + bias[:D], weight[D:] @ pooled + bias[D:]
+        expected.append(x[cell] * (1 + scale) + shift)
+    torch.testing.assert_close(film(x, condition, PADDED_CROSS), torch.stack(expected))
+    torch.testing.assert_close(film(x, condition), film(x, condition, torch.zeros(3, 5, dtype=torch.bool)))
+
+
 @pytest.mark.parametrize("attention", [SelfAttention, CrossAttention])
 def test_widths_that_heads_do_not_divide_are_refused(attention):
     with pytest.raises(ValueError, match="width 10 is not a multiple of 4 heads"):
         attention(10, 4)
 
 
-def small_encoder(**changes) -> GeneExpressionEncoder:
-    size = {"n_genes": 20, "hidden": (12, 10), "num_tokens": 3, "embed_dim": 8, "depth": 2, "heads": 2}
-    return GeneExpressionEncoder(**{**size, **changes})
-
-
-def test_the_reference_encoder_has_its_published_number_of_parameters():
-    with torch.device("meta"):
-        encoder = GeneExpressionEncoder(20_000, library_token=False)
-    assert sum(p.numel() for p in encoder.parameters()) == 64_615_424
-
-
-def test_depth_is_a_real_parameter():
-    parameters = [sum(p.numel() for p in small_encoder(depth=depth).parameters()) for depth in (1, 2, 3)]
-    block = sum(p.numel() for p in TransformerBlock(8, 2).parameters())
-    assert np.diff(parameters).tolist() == [block, block]
-
-
-def test_the_encoder_is_its_published_chain_of_layers():
-    encoder, x = small_encoder().eval(), torch.randn(5, 20)
-    hidden = x
-    for linear, norm in ((encoder.mlp[0], encoder.mlp[1]), (encoder.mlp[4], encoder.mlp[5])):
-        hidden = F.gelu(F.layer_norm(hidden @ linear.weight.T + linear.bias, norm.normalized_shape))
-    tokens = (hidden @ encoder.to_tokens.weight.T + encoder.to_tokens.bias).reshape(
-        5, 3, 8
-    ) + encoder.position
-    for block in encoder.blocks:
-        tokens = block(tokens)
-    torch.testing.assert_close(encoder(x), F.layer_norm(tokens, (8,)))
-
-
-def test_the_batch_a_cell_is_in_changes_nothing():
-    for encoder in (small_encoder().eval(), small_encoder(library_token=True).eval()):
-        x, library = torch.randn(9, 20), torch.randn(9)
-        together = encoder(x, library)
-        apart = torch.cat([encoder(x[i : i + 1], library[i : i + 1]) for i in range(9)])
-        torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
-
-
-def test_the_order_of_genes_is_a_matter_of_the_first_layer_alone():
-    encoder, x, order = small_encoder().eval(), torch.randn(4, 20), torch.randperm(20)
-    expected = encoder(x)
-    encoder.mlp[0].weight.data = encoder.mlp[0].weight.data[:, order]
-    torch.testing.assert_close(encoder(x[:, order]), expected)
-
-
-def test_the_library_token_informs_the_others_and_is_not_returned():
-    encoder, x = small_encoder(library_token=True).eval(), torch.randn(4, 20)
-    shallow, deep = encoder(x, torch.full((4,), -1.0)), encoder(x, torch.full((4,), 1.0))
-    assert shallow.shape == (4, 3, 8)
-    assert (shallow - deep).abs().amax(dim=(1, 2)).min() > 1e-3
-    with pytest.raises(ValueError, match=r"library token; give log_library of shape \(cells,\)"):
-        encoder(x)
-
-
-def test_encoding_uses_no_dropout_and_no_gradient_and_leaves_the_mode_alone():
-    encoder, x = small_encoder(dropout=0.5), torch.randn(4, 20)
-    encoder.train()
-    assert not torch.equal(encoder(x), encoder(x))
-    encoded = encoder.encode(x)
-    assert torch.equal(encoded, encoder.encode(x)) and not encoded.requires_grad and encoder.training
-    torch.testing.assert_close(encoded, encoder.eval()(x))
-    assert not encoder.training
-
-
-@pytest.mark.parametrize("shape", [(4, 19), (20,), (2, 4, 20)])
-def test_input_of_another_shape_is_refused_with_both_shapes(shape):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(3, 7, 9)}, "x has shape (3, 7, 9); expected ('any', 'any', 16)"),
+        ({"x": torch.zeros(7, D)}, "x has shape (7, 16); expected ('any', 'any', 16)"),
+        ({"x": torch.zeros(3, 7, D).long()}, "x has dtype torch.int64; expected torch.float32"),
+        ({"condition": torch.zeros(2, 5, D)}, "condition has shape (2, 5, 16); expected (3, 'any', 16)"),
+        (
+            {"condition": torch.zeros(3, 5, D).double()},
+            "condition has dtype torch.float64; expected torch.float32",
+        ),
+        ({"absent": torch.zeros(3, 4).bool()}, "absent has shape (3, 4); expected (3, 5)"),
+        ({"absent": torch.zeros(3, 5)}, "absent has dtype torch.float32; expected torch.bool"),
+    ],
+)
+@pytest.mark.parametrize("block", [CrossAttentionBlock(D, HEADS), FiLM(D)], ids=["cross", "film"])
+def test_another_shape_or_dtype_is_refused_with_both(block, changes, message):
+    given = {"x": torch.zeros(3, 7, D), "condition": torch.zeros(3, 5, D), **changes}
     with pytest.raises(ValueError) as caught:
-        small_encoder()(torch.zeros(shape))
-    assert f"x has shape {shape}; expected ('any', 20)" in str(caught.value)
+        block(**given)
+    assert str(caught.value) == message
 
 
-def test_the_stage_one_predictor_keeps_the_shape_and_knows_positions():
-    predictor, z = JEPAPredictor(3, 8, width=12, depth=2, heads=2).eval(), torch.randn(5, 3, 8)
-    assert predictor(z).shape == (5, 3, 8)
-    torch.testing.assert_close(predictor(z)[2:3], predictor(z[2:3]), atol=1e-5, rtol=1e-5)
-    same = z[:, :1].expand(-1, 3, -1)
-    assert not torch.allclose(predictor(same)[:, 0], predictor(same)[:, 1], atol=1e-4)
-    with pytest.raises(ValueError, match=r"context has shape \(5, 2, 8\); expected \('any', 3, 8\)"):
-        predictor(z[:, :2])
+def test_a_transformer_block_refuses_another_shape_or_dtype():
+    block = TransformerBlock(D, HEADS)
+    for given, message in (
+        ((torch.zeros(3, D),), "x has shape (3, 16); expected ('any', 'any', 16)"),
+        ((torch.zeros(3, 7, D).half(),), "x has dtype torch.float16; expected torch.float32"),
+        (
+            (torch.zeros(3, 7, D), torch.zeros(3, 6).bool()),
+            "absent has shape (3, 6); expected (3, 7)",
+        ),
+        (
+            (torch.zeros(3, 7, D), torch.zeros(3, 7).long()),
+            "absent has dtype torch.int64; expected torch.bool",
+        ),
+    ):
+        with pytest.raises(ValueError) as caught:
+            block(*given)
+        assert str(caught.value) == message
 
 
-def opened(**changes) -> ConditionalPredictor:
-    """A conditional predictor whose last layer is not zero."""
-    predictor = ConditionalPredictor(3, 8, width=12, condition_dim=6, depth=2, heads=2, **changes).eval()
-    nn.init.normal_(predictor.leave.weight, std=0.3)
-    return predictor
+def test_autocast_may_bring_another_floating_dtype_but_no_integers():
+    block = TransformerBlock(D, HEADS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = torch.randn(2, 3, D)
+        torch.testing.assert_close(block(x.bfloat16()), block(x), atol=0.1, rtol=0.1, check_dtype=False)
+        with pytest.raises(ValueError, match=r"x has dtype torch\.int64; expected torch\.float32"):
+            block(x.long())
 
 
-def test_an_untrained_conditional_predictor_says_no_change():
-    predictor = ConditionalPredictor(3, 8, width=12, condition_dim=6)
-    assert not predictor(torch.randn(5, 3, 8), torch.randn(5, 4, 6)).any()
-
-
-def test_absent_condition_tokens_change_nothing_whatever_they_hold():
-    predictor, z, condition = opened(), torch.randn(5, 3, 8), torch.randn(5, 2, 6)
-    expected = predictor(z, condition)
-    padded = torch.cat([condition, 1e3 * torch.randn(5, 3, 6)], dim=1)
-    absent = torch.tensor([False, False, True, True, True]).expand(5, 5)
-    torch.testing.assert_close(predictor(z, padded, absent), expected)
-    assert not torch.allclose(predictor(z, padded), expected, atol=1e-3)
-
-
-def test_the_condition_matters():
-    predictor, z = opened(), torch.randn(5, 3, 8)
-    assert not torch.allclose(
-        predictor(z, torch.randn(5, 2, 6)), predictor(z, torch.randn(5, 2, 6)), atol=1e-3
-    )
+def test_evaluation_leaves_every_part_in_its_mode_even_after_an_error():
+    module = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()))
+    module.train()
+    module[1].eval()
+    with evaluation(module):
+        assert not any(part.training for part in module.modules())
+    with pytest.raises(RuntimeError), evaluation(module):
+        raise RuntimeError
+    assert module.training and module[0].training and not module[1].training and not module[1][0].training

@@ -1,13 +1,19 @@
-"""Claims about VICReg and the masks, against hand-written loops and published values."""
+"""Claims about VICReg and SIGReg, against hand-written loops, closed forms and published values."""
 
 from __future__ import annotations
+
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import integrate
 
-from biojepa.model import VICRegLoss, gene_mask
+from biojepa.model import SIGRegLoss, VICRegLoss
+
+LOSSES = {"vicreg": VICRegLoss, "sigreg": SIGRegLoss}
+# N times the squared distance of the characteristic functions, in expectation on standard normal samples.
+FLOOR = np.sqrt(2 * np.pi) * (1 - 1 / np.sqrt(3))
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -41,13 +47,40 @@ def test_parts_and_total_agree_with_a_hand_written_loop(flatten, n_regularized):
     assert float(total) == pytest.approx(10 * inv + 7 * var + 2 * cov, rel=1e-5)
 
 
-def test_the_gradient_is_exact():
+@pytest.mark.parametrize(
+    "loss",
+    [VICRegLoss(), VICRegLoss(flatten=True), SIGRegLoss(0.3, num_slices=5)],
+    ids=["vicreg", "vicreg_flat", "sigreg"],
+)
+def test_the_gradient_is_that_of_finite_differences(loss):
     predicted, target, context = (
         (0.5 * normal(6, 2, 3, seed=s)).double().requires_grad_() for s in (0, 1, 2)
     )
-    for flatten in (False, True):
-        loss = VICRegLoss(flatten=flatten)
-        assert torch.autograd.gradcheck(lambda p, t, c, f=loss: f(p, t, c)[0], (predicted, target, context))
+
+    def total(p: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)  # the same random vectors each time
+        return loss(p, t, c)[0]
+
+    assert torch.autograd.gradcheck(total, (predicted, target, context))
+
+
+def test_the_gradient_of_vicreg_is_the_derived_one():
+    N, T, D = 9, 2, 4
+    predicted, target, z = (normal(N, T, D, seed=s).double().requires_grad_() for s in (0, 1, 2))
+    with torch.no_grad():
+        z.mul_(torch.tensor([0.3, 0.9, 1.4, 0.5]).double())  # on both sides of the hinge
+    VICRegLoss(10.0, 7.0, 2.0)(predicted, target, z)[0].backward()
+    difference = (predicted - target).detach().numpy()
+    np.testing.assert_allclose(predicted.grad, 20 * difference / difference.size)
+    np.testing.assert_allclose(target.grad, -20 * difference / difference.size)
+    for t in range(T):
+        centred = z[:, t].detach().numpy() - z[:, t].detach().numpy().mean(axis=0)
+        C = centred.T @ centred / (N - 1)
+        deviation = np.sqrt(np.diag(C) + 1e-4)
+        hinge = np.where(deviation < 1, -1 / deviation, 0) * centred / (N - 1) / D
+        covariance = 4 / (D * (N - 1)) * centred @ (C - np.diag(np.diag(C)))
+        np.testing.assert_allclose(z.grad[:, t], (7 * hinge + 2 * covariance) / T, rtol=1e-9)
+        assert 0 < (deviation < 1).sum() < D
 
 
 def test_a_perfect_prediction_costs_only_what_regularization_costs():
@@ -112,31 +145,180 @@ def test_the_order_of_cells_and_of_positions_changes_nothing():
     torch.testing.assert_close(VICRegLoss()(a[:, positions], b[:, positions])[0], expected)
 
 
-def test_shapes_that_do_not_fit_and_single_cells_are_refused():
-    with pytest.raises(ValueError, match=r"predicted has shape \(4, 2, 3\), target \(4, 3, 3\)"):
-        VICRegLoss()(normal(4, 2, 3), normal(4, 3, 3))
-    with pytest.raises(ValueError, match=r"variance over 1 cell\(s\) is not defined; use a larger batch"):
-        VICRegLoss()(normal(1, 2, 3), normal(1, 2, 3))
+def test_both_branches_are_added_up():
+    a, b = 0.6 * normal(20, 3, 4), 0.8 * normal(20, 3, 4, seed=1)
+    both, one, other = (VICRegLoss()(a, b, *branches)[1] for branches in ((a, b), (a,), (b,)))
+    for part in ("var", "cov"):
+        torch.testing.assert_close(both[part], one[part] + other[part])
 
 
-def test_each_cell_hides_its_own_share_of_genes_uniform_between_the_bounds():
+def test_a_batch_smaller_than_the_dimension_is_warned_of_once():
+    loss, z = VICRegLoss(), normal(5, 2, 9)
+    with pytest.warns(
+        UserWarning, match="covariance of 9 dimensions is estimated from 5 samples.*below 2"
+    ) as w:
+        loss(z, z)
+        loss(z, z)
+    assert len(w) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VICRegLoss()(normal(9, 2, 9), normal(9, 2, 9))
+        VICRegLoss(flatten=True)(z, z)  # pooled, there are 10 samples
+        VICRegLoss(covariance=0)(z, z)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "target", "message"),
+    [
+        (normal(4, 2, 3), normal(4, 3, 3), "predicted has shape (4, 2, 3), target (4, 3, 3)"),
+        (normal(4, 3), normal(4, 3), "predicted has shape (4, 3); expected (cells, tokens, dim)"),
+        (
+            normal(4, 2, 3).long(),
+            normal(4, 2, 3),
+            "predicted has dtype torch.int64; expected a floating dtype such as torch.float32",
+        ),
+        (
+            normal(4, 2, 3),
+            normal(4, 2, 3).int(),
+            "target has dtype torch.int32; expected a floating dtype such as torch.float32",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", LOSSES)
+def test_shapes_and_dtypes_that_do_not_fit_are_refused_with_both(name, predicted, target, message):
+    with pytest.raises(ValueError) as caught:
+        LOSSES[name]()(predicted, target)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_single_cells_are_refused(name):
+    with pytest.raises(ValueError, match=r"of|over 1 cell\(s\) is not defined; use a larger batch"):
+        LOSSES[name]()(normal(1, 2, 3), normal(1, 2, 3))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_is_summed_in_single_precision_also_under_autocast(name):
+    a, b = 0.6 * normal(64, 3, 4), normal(64, 3, 4, seed=1)
+    coarse, fine = a.bfloat16(), a.bfloat16().float()
     torch.manual_seed(0)
-    mask = gene_mask(2000, 3000, 0.3, 0.6)
-    assert mask.shape == (2000, 3000) and mask.dtype == torch.bool
-    share = mask.double().mean(dim=1).numpy()
-    scatter = 5 * np.sqrt(0.25 / 3000)
-    assert share.min() > 0.3 - scatter and share.max() < 0.6 + scatter
-    assert stats.kstest(share, stats.uniform(0.3, 0.3).cdf).pvalue > 1e-3
-    assert abs(mask.double().mean(dim=0).numpy() - 0.45).max() < 5 * np.sqrt(0.25 / 2000)
-
-
-def test_equal_bounds_fix_the_share_and_zero_hides_nothing():
+    expected = LOSSES[name]()(fine, b)[0]
     torch.manual_seed(0)
-    assert not gene_mask(10, 50, 0, 0).any()
-    assert float(gene_mask(500, 500, 0.25, 0.25).double().mean()) == pytest.approx(0.25, abs=0.005)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(LOSSES[name]()(coarse, b)[0], expected)
 
 
-@pytest.mark.parametrize(("low", "high"), [(-0.1, 0.5), (0.6, 0.3), (0.5, 1.0)])
-def test_impossible_shares_are_refused(low, high):
-    with pytest.raises(ValueError, match=f"masked shares are {low} to {high}; expected 0 <= low <= high < 1"):
-        gene_mask(2, 2, low, high)
+def epps_pulley(x: np.ndarray) -> float:
+    """The statistic against N(0, 1), its integral done in closed form; cross-checked below."""
+    pairs = np.exp(-((x[:, None] - x[None]) ** 2) / 2).mean()
+    return len(x) * np.sqrt(2 * np.pi) * (pairs - np.sqrt(2) * np.exp(-(x**2) / 4).mean() + 1 / np.sqrt(3))
+
+
+def epps_pulley_by_quadrature(x: np.ndarray) -> float:
+    """The statistic as its definition has it, with a complex exponential and adaptive quadrature."""
+
+    def integrand(t: float) -> float:
+        return abs(np.exp(1j * t * x).mean() - np.exp(-(t**2) / 2)) ** 2 * np.exp(-(t**2) / 2)
+
+    return len(x) * integrate.quad(integrand, -np.inf, np.inf, limit=200)[0]
+
+
+SAMPLES = {
+    "normal": normal(40, 1, 1),
+    "shifted": normal(40, 1, 1) + 2,
+    "narrow": 0.1 * normal(40, 1, 1),
+    "wide": 2.5 * normal(40, 1, 1),
+    "two_points": torch.tensor([-1.0, 1.0]).repeat(20)[:, None, None],
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_sigreg_in_one_dimension_is_the_epps_pulley_statistic(name):
+    z = SAMPLES[name].double()
+    expected = epps_pulley_by_quadrature(z.numpy().ravel())
+    assert epps_pulley(z.numpy().ravel()) == pytest.approx(expected, rel=1e-6)
+    # In one dimension every unit vector is 1 or -1, and the statistic is the same for both.
+    _, parts = SIGRegLoss(num_slices=3)(z, z, z)
+    assert float(parts["sigreg"]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_sigreg_is_the_mean_over_unit_vectors_positions_and_branches():
+    a, b = normal(30, 3, 4).double(), 0.5 * normal(30, 3, 4, seed=1).double()
+    torch.manual_seed(5)
+    total, parts = SIGRegLoss(0.2, num_slices=7)(a, b)
+    torch.manual_seed(5)
+    vectors = torch.randn(4, 7, dtype=torch.float64).numpy()
+    vectors /= np.sqrt((vectors**2).sum(axis=0))
+    statistics = []
+    for z in (a.numpy(), b.numpy()):
+        for t in range(3):
+            statistics += [epps_pulley(z[:, t] @ vector) for vector in vectors.T]
+    inv = float((a - b).square().mean())
+    assert float(parts["sigreg"]) == pytest.approx(np.mean(statistics), rel=1e-4)
+    assert float(parts["inv"]) == pytest.approx(inv)
+    assert float(total) == pytest.approx(0.8 * inv + 0.2 * np.mean(statistics), rel=1e-4)
+    assert not any(part.requires_grad for part in parts.values())
+
+
+def test_the_gradient_of_sigreg_is_the_derived_one():
+    x = (0.7 * normal(12, 1, 1)).double().requires_grad_()
+    SIGRegLoss(weight=1.0, num_slices=2)(x, x, x)[0].backward()
+    value = x.detach().numpy().ravel()
+    difference = value[:, None] - value[None]
+    pairs = -2 / len(value) * (difference * np.exp(-(difference**2) / 2)).sum(axis=1)
+    expected = np.sqrt(2 * np.pi) * (pairs + value * np.exp(-(value**2) / 4) / np.sqrt(2))
+    np.testing.assert_allclose(x.grad.numpy().ravel(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_each_call_draws_its_vectors_from_the_random_state():
+    z, loss = 2 * normal(30, 2, 4), SIGRegLoss(num_slices=4)
+    torch.manual_seed(3)
+    first, second = loss(z, z)[0], loss(z, z)[0]
+    torch.manual_seed(3)
+    assert torch.equal(loss(z, z)[0], first) and not torch.equal(first, second)
+
+
+def sigreg(z: torch.Tensor) -> float:
+    torch.manual_seed(0)
+    return float(SIGRegLoss(num_slices=128)(z, z, z)[1]["sigreg"])
+
+
+@pytest.mark.parametrize("cells", [64, 1024])
+def test_sigreg_is_at_its_floor_on_standard_normal_tokens_whatever_the_batch(cells):
+    assert sigreg(normal(cells, 8, 16)) == pytest.approx(FLOOR, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("z", "at_least"),
+    [
+        # A single point x costs N √(2π) (1 - √2 exp(-x²/4) + 1/√3); x = 0 is the cheapest.
+        (torch.zeros(512, 1, 16), 0.9 * 512 * 0.4089),
+        (normal(1, 1, 16).expand(512, 1, 16), 512 * 0.4089),
+        (normal(512, 1, 16) * torch.tensor([3.0] * 4 + [0.1] * 12), 5 * FLOOR),
+        # Cauchy samples, each dimension scaled to the quartiles of a normal one.
+        (normal(512, 1, 1) / normal(512, 1, 1, seed=1) * 0.6745, 3 * FLOOR),
+        (normal(512, 1, 2).sign(), 3 * FLOOR),
+    ],
+    ids=["at_zero", "at_a_point", "anisotropic", "heavy_tailed", "discrete"],
+)
+def test_sigreg_punishes_what_is_not_isotropic_normal(z, at_least):
+    assert sigreg(z) > at_least
+
+
+def test_sigreg_moves_collapsed_cells_apart():
+    start = 0.05 * normal(128, 2, 4)
+    z = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([z], lr=0.05)
+    loss = SIGRegLoss(weight=1.0, num_slices=32)
+    torch.manual_seed(0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(z, z, z)[0].backward()
+        optimizer.step()
+    assert float(start.std(dim=0).mean()) < 0.06
+    assert 0.7 < float(z.detach().std(dim=0).mean()) < 1.3
+
+
+def test_sigreg_refuses_a_weight_that_is_no_share():
+    with pytest.raises(ValueError, match=r"the weight is 1\.5; expected a number between 0 and 1"):
+        SIGRegLoss(weight=1.5)

@@ -235,3 +235,44 @@ def test_shapes_that_do_not_fit_are_refused_with_both():
         model.change(context(2), perturbing(0))
     with pytest.raises(ValueError, match=r"codes\['net'\] has shape \(5, 3\); expected \(6, 'any'\)"):
         PerturbationEncoder({"net": torch.zeros(5, 3)}, SEEN)
+
+
+def typed() -> BioJEPA:
+    model = BioJEPA(T, D, codes(), SEEN, BioJEPAConfig(width=16, heads=2, condition_dim=8), 3, True).eval()
+    nn.init.normal_(model.single.leave.weight, std=0.3)
+    return model
+
+
+def test_type_and_dose_say_nothing_at_initialization_and_something_once_learned():
+    model, z, asked = typed(), context(2), perturbing(0).expand(2, -1)
+    types, doses = torch.tensor([0, 2]), torch.tensor([1.0, 8.0])
+    start = model.change(z, asked)
+    torch.testing.assert_close(model.change(z, asked, types, doses), start, atol=0, rtol=0)
+    with torch.no_grad():
+        model.perturbation.type_offset[2] = 1.0
+    other_type = model.change(z, asked, types)
+    torch.testing.assert_close(other_type[0], start[0], atol=0, rtol=0)
+    assert not torch.allclose(other_type[1], start[1], atol=1e-3)
+    with torch.no_grad():
+        model.perturbation.type_offset.zero_()
+        model.perturbation.dose_offset.fill_(1.0)
+    other_dose = model.change(z, asked, None, doses)
+    torch.testing.assert_close(other_dose[0], start[0], atol=0, rtol=0)  # log of dose 1
+    assert not torch.allclose(other_dose[1], start[1], atol=1e-3)
+
+
+def test_a_dose_shifts_every_token_by_its_logarithm():
+    encoder = typed().perturbation
+    with torch.no_grad():
+        encoder.dose_offset.copy_(torch.arange(8.0))
+    gene = torch.tensor([1, 1])
+    tokens, _ = encoder(gene, None, torch.tensor([1.0, torch.e]))
+    moved = (tokens[1] - tokens[0]).expand(len(encoder.sources) + 2, -1)
+    torch.testing.assert_close(moved, torch.arange(8.0).expand_as(moved), atol=1e-6, rtol=0)
+
+
+def test_control_does_not_change_whatever_its_type_and_dose():
+    model = typed()
+    nn.init.normal_(model.perturbation.type_offset)
+    nn.init.normal_(model.perturbation.dose_offset)
+    assert not model.change(context(), perturbing(), torch.tensor([1]), torch.tensor([5.0])).any()

@@ -1,5 +1,34 @@
 """BioJEPA: predict what an unseen perturbation does to a cell, in embedding space."""
 
-from __future__ import annotations
+from biojepa.lazy import lazy_names
 
 __version__ = "0.1.0"
+
+__all__, __getattr__ = lazy_names(
+    __name__,
+    {
+        "biojepa.model.biojepa": ("BioJEPA", "BioJEPAConfig"),
+        "biojepa.model.blocks": ("CrossAttentionBlock", "TransformerBlock"),
+        "biojepa.model.encoder": ("GeneExpressionEncoder",),
+        "biojepa.model.jepa": ("JEPA",),
+        "biojepa.model.losses": ("SIGRegLoss", "VICRegLoss"),
+        "biojepa.model.masks": (
+            "gene_mask",
+            "module_mask",
+            "perturbation_mask",
+            "random_block_mask",
+            "temporal_mask",
+        ),
+        "biojepa.model.perturbation": ("PerturbationEncoder",),
+        "biojepa.model.predictor": ("ConditionalPredictor", "JEPAPredictor"),
+        "biojepa.model.vit": ("ViTEncoder",),
+        "biojepa.pairs": ("read_pairs",),
+        "biojepa.training.run": ("train_model",),
+        "biojepa.training.settings": ("TrainSettings",),
+        "biojepa.training.trained": ("load_model",),
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

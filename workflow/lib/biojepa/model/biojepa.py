@@ -58,15 +58,24 @@ class BioJEPA(nn.Module):
         See :class:`PerturbationEncoder`.
     config
         Sizes.
+    n_types, dosed
+        See :class:`PerturbationEncoder`.
     """
 
     def __init__(
-        self, num_tokens: int, dim: int, codes: Mapping[str, Tensor], seen: Tensor, config: BioJEPAConfig
+        self,
+        num_tokens: int,
+        dim: int,
+        codes: Mapping[str, Tensor],
+        seen: Tensor,
+        config: BioJEPAConfig,
+        n_types: int = 1,
+        dosed: bool = False,
     ) -> None:
         super().__init__()
         self.num_tokens, self.dim, self.n_genes, self.config = num_tokens, dim, len(seen), config
         self.perturbation = PerturbationEncoder(
-            codes, seen, config.condition_dim, config.source_dropout, config.learned_genes
+            codes, seen, config.condition_dim, config.source_dropout, config.learned_genes, n_types, dosed
         )
         self.single = self._predictor()
         self.pair = self._predictor() if config.interaction else None
@@ -83,7 +92,13 @@ class BioJEPA(nn.Module):
             config.dropout,
         )
 
-    def change(self, context: Tensor, membership: Tensor) -> Tensor:
+    def change(
+        self,
+        context: Tensor,
+        membership: Tensor,
+        type_code: Tensor | None = None,
+        dose: Tensor | None = None,
+    ) -> Tensor:
         """Predict the change of the tokens.
 
         Parameters
@@ -92,6 +107,8 @@ class BioJEPA(nn.Module):
             (B, T, D) standardized tokens of control populations.
         membership
             (B, genes) multi-hot code of the perturbed genes; all zero for control.
+        type_code, dose
+            (B,) type and positive dose of the perturbation; the first type and dose 1 where ``None``.
 
         Returns
         -------
@@ -103,7 +120,11 @@ class BioJEPA(nn.Module):
         change = torch.zeros_like(context)
         if not len(gene):
             return change
-        tokens, absent = self.perturbation(gene)
+        tokens, absent = self.perturbation(
+            gene,
+            None if type_code is None else type_code[population],
+            None if dose is None else dose[population],
+        )
         singles = self.single(context[population], tokens, absent)
         change = change.index_add(0, population, singles.to(change.dtype))
         if self.pair is None:
@@ -120,15 +141,27 @@ class BioJEPA(nn.Module):
         condition = torch.stack([total, (total.square() - squares) / 2], dim=1)[several]
         return change.index_add(0, several, self.pair(context[several], condition).to(change.dtype))
 
-    def forward(self, context: Tensor, membership: Tensor) -> Tensor:
-        """Predict the tokens of perturbed populations, (B, T, D)."""
-        return context + self.change(context, membership)
+    def forward(
+        self,
+        context: Tensor,
+        membership: Tensor,
+        type_code: Tensor | None = None,
+        dose: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the tokens of perturbed populations, (B, T, D); parameters as of :meth:`change`."""
+        return context + self.change(context, membership, type_code, dose)
 
     @torch.no_grad()
-    def predict_perturbation(self, context: Tensor, membership: Tensor) -> Tensor:
+    def predict_perturbation(
+        self,
+        context: Tensor,
+        membership: Tensor,
+        type_code: Tensor | None = None,
+        dose: Tensor | None = None,
+    ) -> Tensor:
         """Predict without gradient and without dropout, (B, T, D)."""
         training = self.training
         self.eval()
-        predicted = self(context, membership)
+        predicted = self(context, membership, type_code, dose)
         self.train(training)
         return predicted

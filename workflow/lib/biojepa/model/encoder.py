@@ -1,4 +1,4 @@
-"""Encoders: a cell's expression to a set of latent tokens."""
+"""Encoder of gene expression: a cell to a set of latent tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from biojepa.model.blocks import TransformerBlock, position_embedding, require_shape
+from biojepa.model.blocks import (
+    TransformerBlock,
+    evaluation,
+    position_embedding,
+    require_dtype,
+    require_shape,
+)
 
 
 class GeneExpressionEncoder(nn.Module):
@@ -69,12 +75,20 @@ class GeneExpressionEncoder(nn.Module):
         Returns
         -------
         (B, T, D)
+
+        Raises
+        ------
+        ValueError
+            When a shape or dtype is another one, or the library size is missing.
         """
         require_shape("x", x, (None, self.n_genes))
+        require_dtype("x", x, self.position.dtype)
         tokens = self.to_tokens(self.mlp(x)).view(len(x), self.num_tokens, self.embed_dim) + self.position
         if self.library is not None:
             if log_library is None:
                 raise ValueError("this encoder has a library token; give log_library of shape (cells,)")
+            require_shape("log_library", log_library, (len(x),))
+            require_dtype("log_library", log_library, self.position.dtype)
             tokens = torch.cat([tokens, self.library(log_library[:, None])[:, None]], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
@@ -83,8 +97,5 @@ class GeneExpressionEncoder(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor, log_library: Tensor | None = None) -> Tensor:
         """Encode without gradient and without dropout, (B, T, D)."""
-        training = self.training
-        self.eval()
-        tokens = self(x, log_library)
-        self.train(training)
-        return tokens
+        with evaluation(self):
+            return self(x, log_library)

@@ -30,6 +30,11 @@ class PerturbationEncoder(nn.Module):
         Probability to hide a present token in training.
     learned
         Whether seen genes have a learned token.
+    n_types
+        Types of perturbation (knock-out, CRISPRi, CRISPRa). More than one have learned offsets, zero at
+        initialization.
+    dosed
+        Whether tokens shift with the logarithm of the dose; not at all at initialization and at dose 1.
     """
 
     seen: Tensor
@@ -41,6 +46,8 @@ class PerturbationEncoder(nn.Module):
         dim: int = 128,
         source_dropout: float = 0.2,
         learned: bool = True,
+        n_types: int = 1,
+        dosed: bool = False,
     ) -> None:
         super().__init__()
         self.sources = tuple(codes)
@@ -58,14 +65,22 @@ class PerturbationEncoder(nn.Module):
         if self.gene is not None:
             nn.init.normal_(self.gene.weight, std=0.5)
         self.kind = nn.Parameter(torch.randn(len(self.sources) + 2, dim) * 0.02)
+        self.type_offset = nn.Parameter(torch.zeros(n_types, dim)) if n_types > 1 else None
+        self.dose_offset = nn.Parameter(torch.zeros(dim)) if dosed else None
 
-    def forward(self, gene: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, gene: Tensor, type_code: Tensor | None = None, dose: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Code genes.
 
         Parameters
         ----------
         gene
             (N,) positions of genes.
+        type_code
+            (N,) type of the perturbation, the first where ``None``.
+        dose
+            (N,) positive dose, 1 where ``None``.
 
         Returns
         -------
@@ -90,4 +105,10 @@ class PerturbationEncoder(nn.Module):
             missing = missing | (torch.rand(missing.shape, device=missing.device) < self.source_dropout)
         missing = torch.cat([missing, ~missing.all(dim=1, keepdim=True)], dim=1)
         stacked = torch.stack([*tokens, torch.zeros_like(tokens[0])], dim=1) + self.kind
+        if self.type_offset is not None and type_code is not None:
+            stacked = stacked + self.type_offset[type_code][:, None]
+        elif self.type_offset is not None:
+            stacked = stacked + self.type_offset[0]
+        if self.dose_offset is not None and dose is not None:
+            stacked = stacked + (dose.log()[:, None] * self.dose_offset)[:, None]
         return stacked, missing
