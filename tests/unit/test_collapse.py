@@ -9,6 +9,7 @@ from scipy import linalg
 
 from biojepa.collapse import (
     MIN_RANK,
+    MIN_SHARE_OF_UNTRAINED,
     MIN_STD_OVER_CELLS,
     CollapseError,
     lidar,
@@ -17,6 +18,7 @@ from biojepa.collapse import (
     statistics,
     std_over_cells,
 )
+from biojepa.errors import StoppedRun
 
 D = 12
 
@@ -98,7 +100,7 @@ def test_a_collapse_onto_positions_is_seen_over_cells_and_hidden_by_flattening()
     measured = statistics(collapsed, torch.arange(64) % 4)
     assert measured["std_cells"] == pytest.approx(0, abs=1e-6) and measured["rankme"] == 0
     with pytest.raises(CollapseError, match="every cell gets the same tokens"):
-        refuse_collapse(measured, 40)
+        refuse_collapse(measured, {"std_cells": 1.0}, 40)
 
 
 def test_statistics_by_value():
@@ -113,15 +115,30 @@ def test_statistics_by_value():
     assert measured["lidar"] == lidar(tokens.mean(dim=1), classes)
 
 
-def test_a_healthy_embedding_passes_and_the_message_says_what_fell_and_what_to_change():
+UNTRAINED = {"std_cells": 0.8}
+
+
+def test_a_healthy_embedding_passes_at_its_floors():
     healthy = {"std_cells": 1.0, "rankme": 10.0}
-    refuse_collapse(healthy, 5)
-    refuse_collapse({"std_cells": MIN_STD_OVER_CELLS, "rankme": MIN_RANK}, 5)
-    with pytest.raises(CollapseError) as caught:
-        refuse_collapse({**healthy, "std_cells": 0.01}, 70)
-    for part in ("step 70", "0.0100", "0.05", "per_token", "train.encoder.variance"):
+    refuse_collapse(healthy, UNTRAINED, 5)
+    refuse_collapse({"std_cells": MIN_SHARE_OF_UNTRAINED * 0.8, "rankme": MIN_RANK}, UNTRAINED, 5)
+    refuse_collapse({**healthy, "std_cells": MIN_STD_OVER_CELLS}, {"std_cells": MIN_STD_OVER_CELLS}, 5)
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        ({"std_cells": 0.01}, r"standard deviation over cells is 0\.0100, below 0\.05; every cell gets"),
+        (
+            {"std_cells": 0.24},
+            r"over cells fell from 0\.800 before training to 0\.240, which is 30%, below 50%",
+        ),
+        ({"rankme": 1.2}, r"rank \(RankMe\) is 1\.20, below 2\.0; cells differ along one direction"),
+    ],
+)
+def test_the_message_says_what_fell_how_far_and_what_to_change(measured, message):
+    with pytest.raises(CollapseError, match=message) as caught:
+        refuse_collapse({"std_cells": 1.0, "rankme": 10.0, **measured}, UNTRAINED, 70)
+    for part in ("by step 70", "regularizer: per_token", "train.encoder.variance", "learning_rate"):
         assert part in str(caught.value)
-    with pytest.raises(
-        CollapseError, match=r"RankMe\) is 1\.20, below 2\.0; cells differ along one direction"
-    ):
-        refuse_collapse({**healthy, "rankme": 1.2}, 70)
+    assert isinstance(caught.value, StoppedRun) and "\n" not in str(caught.value)

@@ -5,8 +5,10 @@ import warnings
 
 import pytest
 
+from biojepa.collapse import CollapseError
 from biojepa.errors import InputError
 from biojepa.logs import log_to
+from biojepa.splits import LeakageError
 
 ERROR = InputError("data/x.h5ad, column gene", "no such column", "a column gene", "name it in the table")
 
@@ -24,6 +26,20 @@ def test_an_input_error_is_one_message_on_the_terminal_and_leaves_with_status_1(
     assert said.strip().splitlines() == [message, f"(log: {log})"]
     assert "Traceback" not in log.read_text(encoding="utf-8")
     assert "found no such column" in log.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", [CollapseError, LeakageError])
+def test_a_run_that_stops_itself_is_one_message_and_leaves_with_status_1(tmp_path, capsys, kind):
+    log = tmp_path / "job.log"
+    with pytest.raises(SystemExit) as caught, log_to(log):
+        raise kind("The spread fell. Raise the weight.")
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.strip().splitlines() == [
+        "biojepa: The spread fell. Raise the weight.",
+        f"(log: {log})",
+    ]
+    text = log.read_text(encoding="utf-8")
+    assert "The spread fell" in text and "Traceback" not in text
 
 
 def test_a_defect_keeps_its_traceback_in_the_log_and_still_fails(tmp_path):

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from training_case import tiny_settings
 
 from biojepa.errors import InputError
 from biojepa.model import BioJEPA, BioJEPAConfig, GeneExpressionEncoder, VICRegLoss
+from biojepa.training import optimization
 from biojepa.training.optimization import (
+    Execution,
     apply_gradients,
     choose_device,
+    choose_precision,
+    deterministic_algorithms,
     ema_decay,
     frozen_copy,
     learning_rate,
@@ -21,6 +28,7 @@ from biojepa.training.optimization import (
     move_average,
     seed_step,
 )
+from biojepa.training.tracking import Tracker
 
 
 def test_the_learning_rate_warms_up_over_a_tenth_and_falls_along_a_cosine():
@@ -135,3 +143,77 @@ def test_the_device_that_was_asked_for_is_taken_or_refused(monkeypatch):
         assert part in str(caught.value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+
+
+def test_losses_of_micro_batches_add_up_before_one_step():
+    whole, parts = (nn.Parameter(torch.tensor([0.3, 0.2])) for _ in range(2))
+    x = torch.tensor([[0.1, 0.4], [0.3, -0.2], [0.2, 0.1]])
+    for parameter, split in ((whole, False), (parts, True)):
+        optimizer = torch.optim.SGD([parameter], lr=9.0)
+        errors = (row @ parameter for row in x)
+        losses = (e.square() / 3 for e in errors) if split else (x @ parameter).square().mean()
+        apply_gradients(optimizer, losses, rate=0.5)
+    start = torch.tensor([0.3, 0.2])
+    torch.testing.assert_close(whole.data, start - 0.5 * 2 / 3 * x.T @ (x @ start))
+    torch.testing.assert_close(parts.data, whole.data)
+
+
+def test_precision_follows_the_device_and_unknown_names_are_refused():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [choose_precision("auto", d) for d in (cpu, gpu)] == ["float32", "bfloat16"]
+    assert [choose_precision(p, gpu) for p in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    with pytest.raises(ValueError, match="precision is 'half'; expected one of"):
+        choose_precision("half", cpu)
+    a = torch.ones(2, 2)
+    with Execution("bfloat16").autocast(cpu):
+        assert (a @ a).dtype == torch.bfloat16
+    with Execution().autocast(cpu):
+        assert (a @ a).dtype == torch.float32
+
+
+def test_deterministic_algorithms_are_on_inside_and_as_before_outside():
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(KeyError), deterministic_algorithms(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic_algorithms(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_of_several_processes_each_takes_its_own_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(optimization, "world_size", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert choose_device("auto") == torch.device("cuda", 3)
+    assert chosen == [torch.device("cuda", 3)]
+
+
+def test_curves_are_written_where_tensorboard_is_and_its_absence_is_said(monkeypatch, tmp_path, caplog):
+    rows = [{"step": 5, "loss": 2.0, "rankme": 3.0}]
+    written, flushed = [], []
+    fake = SimpleNamespace(
+        SummaryWriter=lambda folder: SimpleNamespace(
+            add_scalar=lambda *values: written.append((folder, *values)), flush=lambda: flushed.append(1)
+        )
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    settings = tiny_settings(tensorboard=True)
+    tracker = Execution.of(settings, torch.device("cpu"), tmp_path / "checkpoint").tracker
+    for row in rows:
+        tracker.add("encoder", row)
+    folder = str(tmp_path / "tensorboard")
+    assert written == [(folder, "encoder/loss", 2.0, 5), (folder, "encoder/rankme", 3.0, 5)] and flushed == [
+        1
+    ]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    silent = Tracker(tmp_path / "tensorboard")
+    silent.add("encoder", rows[0])
+    assert len(written) == 2
+    assert "tensorboard is not installed" in caplog.text and "pip install tensorboard" in caplog.text
+    caplog.clear()
+    Tracker(None).add("encoder", rows[0])
+    assert Execution.of(tiny_settings(), torch.device("cpu"), tmp_path).tracker._writer is None
+    assert caplog.text == ""

@@ -16,6 +16,7 @@ from biojepa.collapse import CollapseError
 from biojepa.contracts import CONTROL, TEST, TRAIN, VAL
 from biojepa.errors import InputError
 from biojepa.model.embedding import CellEmbedding
+from biojepa.pairs import multi_hot
 from biojepa.splits import LeakageError
 from biojepa.training import (
     TrainedModel,
@@ -23,6 +24,7 @@ from biojepa.training import (
     encoder_stage,
     load_model,
     predictor_stage,
+    run,
     train_model,
 )
 from biojepa.training.cells import CellStore
@@ -45,9 +47,10 @@ def numbers(model: TrainedModel) -> dict[str, torch.Tensor]:
     """Every number that a model holds."""
     held = {f"embedding.{k}": v for k, v in model.embedding.state_dict().items()}
     held |= {f"predictor.{k}": v for k, v in model.predictor.state_dict().items()}
-    arrays = ("control_tokens", "control_expression", "membership")
-    arrays += ("linear_expression", "linear_tokens", "linear_sd")
-    held |= {name: getattr(model, name) for name in arrays if getattr(model, name) is not None}
+    held |= {name: getattr(model, name) for name in ("control_tokens", "control_expression")}
+    for name, value in ({} if model.branch is None else model.branch.state()).items():
+        parts = value if isinstance(value, dict) else {"": value}
+        held |= {f"linear.{name}.{key}": torch.as_tensor(part) for key, part in parts.items()}
     return held | {
         "readout.weight": model.readout.weight,
         "readout.bias": model.readout.bias,
@@ -189,7 +192,7 @@ def test_a_saved_model_embeds_and_predicts_the_same_bit_for_bit(case, tmp_path, 
 def test_a_model_of_another_version_is_refused(tmp_path):
     torch.save({"format_version": 99}, tmp_path / "model.pt")
     with pytest.raises(
-        InputError, match=r"model\.pt: found format version 99; expected 1.*rerun the train stage"
+        InputError, match=r"model\.pt: found format version 99; expected 2.*rerun the train stage"
     ):
         load_model(tmp_path / "model.pt")
 
@@ -238,7 +241,8 @@ def test_validation_cells_train_neither_the_encoder_nor_the_linear_branch(case, 
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-5)
     # The same change to training cells is noticed.
     other, _, _ = train_model(with_other_cells(case, TRAIN), SETTINGS, 3)
-    assert not torch.allclose(other.linear_expression, trained[0].linear_expression, atol=1e-2)
+    ours, theirs = (model.linear_change(case.pairs.membership) for model in (other, trained[0]))
+    assert not np.allclose(ours, theirs, atol=1e-2)
 
 
 def planted(case: KnownEffects):
@@ -264,24 +268,83 @@ def test_only_genes_of_training_perturbations_count_as_seen(case, trained):
 
 def test_predictions_are_control_plus_the_linear_branch_plus_the_gated_latent_change(case, trained):
     model = trained[0]
+    membership, codes = case.pairs.membership[case.test], case.pairs.codes
+    readout = model.readout.weight.double().numpy()
     for weight in (0.0, 0.7):
         gated = replace(model, weight=weight)
         expression, sd, tokens = gated.predict(case.test)
         z = model.control_tokens.expand(len(case.test), -1, -1)
         with torch.no_grad():
-            moved = model.predictor(z, model.membership[case.test]) - z
-        change = weight * moved.flatten(1) @ model.readout.weight + model.linear_expression[case.test]
-        expected = (model.control_expression + change).clamp(min=0)
+            moved = (model.predictor(z, torch.from_numpy(membership).float()) - z).numpy()
+        linear = model.branch.change(membership, codes, readout)
+        change = weight * moved.reshape(len(moved), -1) @ readout + linear
+        expected = np.maximum(model.control_expression.numpy() + change, 0)
         np.testing.assert_allclose(expression, expected, atol=1e-5)
-        np.testing.assert_allclose(tokens, z + weight * moved + model.linear_tokens[case.test], atol=1e-5)
-        np.testing.assert_array_equal(sd, model.linear_sd[case.test])
+        linear_tokens = model.branch.token_change(membership, codes).reshape(moved.shape)
+        np.testing.assert_allclose(tokens, z.numpy() + weight * moved + linear_tokens, atol=1e-5)
+        np.testing.assert_allclose(sd, model.branch.standard_deviation(membership, codes), rtol=1e-5)
         assert (expression >= 0).all()
 
 
-def test_the_linear_branch_is_the_kernel_ridge_baseline(case, trained):
+def test_without_its_latent_view_the_linear_branch_is_the_kernel_ridge_baseline(case, trained):
     baseline = fit_baselines(case.pairs, ["kernel_ridge"])["kernel_ridge"]
-    np.testing.assert_allclose(trained[0].linear_expression, baseline.delta, atol=1e-6)
-    np.testing.assert_allclose(trained[0].linear_sd, baseline.sd, atol=1e-6)
+    membership, codes = case.pairs.membership, case.pairs.codes
+    alone = replace(trained[0].branch, share=0.0)
+    readout = trained[0].readout.weight.double().numpy()
+    np.testing.assert_allclose(alone.change(membership, codes, readout), baseline.delta, atol=1e-6)
+    np.testing.assert_allclose(alone.standard_deviation(membership, codes), baseline.sd, atol=1e-6)
+
+
+def test_any_combination_of_coded_genes_can_be_asked_for_and_control_does_not_move(case, trained):
+    model, genes = trained[0], case.pairs.perturbed_genes
+    asked = multi_hot(["control", "P20+P21", "P21+P20", "P00+P01"], genes)
+    expression, _, tokens = model.predict_membership(asked)
+    np.testing.assert_array_equal(expression[0], model.control_expression.clamp(min=0))
+    np.testing.assert_array_equal(tokens[0], model.control_tokens)
+    np.testing.assert_array_equal(expression[1], expression[2])
+    known = case.pairs.labels.index("P00+P01")
+    np.testing.assert_allclose(expression[3], model.predict(np.array([known]))[0][0], atol=1e-6)
+    with pytest.raises(ValueError, match=rf"shape \(1, 3\); expected \(any, {len(genes)}\)"):
+        model.predict_membership(np.zeros((1, 3)))
+
+
+def without_validation(case: KnownEffects):
+    """The fold with its validation labels among the training ones."""
+    return replace(case.pairs, sets=tuple(TRAIN if s == VAL else s for s in case.pairs.sets))
+
+
+def test_without_validation_labels_training_labels_are_left_out_in_turn_for_the_gate(case, monkeypatch):
+    seen, original = [], run.gate
+
+    def spy(addition, residual):
+        seen.append((addition, residual, original(addition, residual)))
+        return seen[-1][-1]
+
+    trainings = []
+    train_predictor = run.train_predictor
+
+    def counted(*arguments):
+        trainings.append((arguments[3].numpy(), arguments[4].numpy()))
+        return train_predictor(*arguments)
+
+    monkeypatch.setattr(run, "gate", spy)
+    monkeypatch.setattr(run, "train_predictor", counted)
+    pairs = without_validation(case)
+    model, history, metrics = train_model(pairs, SETTINGS, 3)
+    train = pairs.labels_of(TRAIN)
+    turns = trainings[:3]
+    assert all(not set(fitted) & set(out) for fitted, out in turns)
+    assert all(set(fitted) | set(out) == set(train) for fitted, out in turns)
+    assert sorted(np.concatenate([out for _, out in turns])) == list(train)
+    addition, residual, (weight, t) = seen[0]
+    assert addition.shape == residual.shape == (len(train), len(pairs.genes))
+    assert metrics["latent_weight"] == model.weight == weight and metrics["latent_weight_t"] == t
+    assert set(history.loc[history["stage"] == "predictor", "turn"].dropna()) == {0, 1, 2}
+    means, control = pairs.pseudobulk()
+    # What the gate is asked to explain is smaller than the effects, and not what the fit itself leaves.
+    delta = means[train] - control
+    fitted = delta - model.linear_change(pairs.membership[train])
+    assert (fitted**2).sum() < (residual**2).sum() < (delta**2).sum()
 
 
 def test_tokens_of_training_cells_are_standardized_and_controls_averaged(case, trained):
@@ -393,7 +456,9 @@ def test_the_flat_regularizer_keeps_a_collapse_that_per_token_undoes(case, regul
         store, embedding, cells, classes, settings, 0, Checkpoint(None, "encoder", "")
     )
     if regularizer == "flat":
-        with pytest.raises(CollapseError, match=r"collapsed by step 80.*Use regularizer: per_token"):
+        with pytest.raises(
+            CollapseError, match=r"collapsed by step 80.*Use train.encoder.regularizer: per_token"
+        ):
             run()
     else:
         assert run()[-1]["std_cells"] > 0.3

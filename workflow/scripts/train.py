@@ -8,30 +8,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
-from biojepa.files import write_json, write_tsv
 from biojepa.logs import log_to
-from biojepa.pairs import read_pairs
-from biojepa.provenance import environment
-from biojepa.training import TrainSettings, load_model, train_model
-from biojepa.training.checkpoint import discard
+from biojepa.training.__main__ import train_in_processes, train_to_folder
+from biojepa.training.settings import TrainSettings
 
 
 def main(snakemake) -> None:
     """Train, and write the model, its curves and its figures."""
-    reused = snakemake.input.get("encoder")
+    pairs, folder = snakemake.input.pairs, Path(snakemake.output.model).parent
+    seed, encoder = int(snakemake.wildcards.seed), snakemake.input.get("encoder") or None
     settings = TrainSettings.from_config(snakemake.params.settings)
-    checkpoint = Path(snakemake.output.model).parent / "checkpoint"
-    model, history, metrics = train_model(
-        read_pairs(snakemake.input.pairs),
-        settings,
-        int(snakemake.wildcards.seed),
-        load_model(reused) if reused else None,
-        checkpoint,
-    )
-    model.save(snakemake.output.model)
-    write_tsv(history, snakemake.output.history)
-    write_json({**environment(), **metrics}, snakemake.output.metrics)
-    discard(checkpoint)
+    train = train_in_processes if settings.processes > 1 else train_to_folder
+    train(pairs, folder, settings, seed, encoder)
 
 
 if __name__ == "__main__":

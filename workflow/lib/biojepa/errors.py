@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 from __future__ import annotations
 
@@ -27,3 +27,7 @@ class InputError(ValueError):
     def __reduce__(self) -> tuple:
         """Keep the four parts when the error crosses a process boundary."""
         return (type(self), (self.where, self.found, self.expected, self.fix))
+
+
+class StoppedRun(RuntimeError):  # noqa: N818 - names what happened, as KeyboardInterrupt does
+    """A run that stopped itself because its result would mislead; the message says why and what to change."""

@@ -13,6 +13,9 @@ import numpy as np
 import torch
 
 JITTER = 1e-6
+# A thousand times the variance of the targets: a trial step of the search beyond it would leave a kernel
+# that the jitter cannot keep positive definite.
+MAX_LOG_WEIGHT = 7.0
 
 
 @dataclass(frozen=True)
@@ -36,25 +39,35 @@ class Components:
         cls, membership: np.ndarray, codes: Mapping[str, np.ndarray], separate: bool = False
     ) -> Components:
         """Build the kernels of ``membership`` ``(labels, genes)`` and source codes ``(genes, dim)``."""
-        size = membership.sum(axis=1)
-        matrices = {
-            "mean": np.outer(size, size),
-            "shared": np.outer(size > 0, size > 0).astype(float),
-            "gene": membership @ membership.T,
-        }
-        kernels = {}
-        for name, values in codes.items():
-            features = membership @ values
-            kernels[f"prior_{name}"] = features @ features.T
-        if separate:
-            matrices.update(kernels)
-        elif kernels:
-            matrices["prior"] = sum(kernels.values()) / len(kernels)
-        return cls(matrices)
+        return cls({name: x @ x.T for name, x in feature_maps(membership, codes, separate).items()})
 
     def weighted(self, weights: Mapping[str, float], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Sum the kernels with their weights, for the given rows and columns of labels."""
         return sum(weights[name] * matrix[np.ix_(rows, columns)] for name, matrix in self.matrices.items())
+
+
+def feature_maps(
+    membership: np.ndarray, codes: Mapping[str, np.ndarray], separate: bool = False
+) -> dict[str, np.ndarray]:
+    """Features ``(labels, dim)`` whose products are the kernels of :class:`Components`.
+
+    Parameters
+    ----------
+    membership
+        ``(labels, genes)`` multi-hot code.
+    codes
+        Source name to ``(genes, dim)``.
+    separate
+        One entry per source instead of their average.
+    """
+    size = membership.sum(axis=1, keepdims=True).astype(float)
+    features = {"mean": size, "shared": (size > 0).astype(float), "gene": np.asarray(membership, dtype=float)}
+    sources = {f"prior_{name}": membership @ np.asarray(values, float) for name, values in codes.items()}
+    if separate:
+        return features | sources
+    if sources:
+        features["prior"] = np.hstack(list(sources.values())) / np.sqrt(len(sources))
+    return features
 
 
 @dataclass
@@ -66,13 +79,22 @@ class AdditiveKernelRidge:
     perturbations (Rasmussen & Williams 2006, eq. 5.8), all output dimensions together, with a weak
     log-normal prior that keeps a useless component finite. It is ridge regression on the codes whose
     penalties are estimated instead of searched, which matters when perturbations are few.
+
+    After :meth:`fit`: ``weights``, ``noise``, ``log_weights`` (as searched), ``labels``, ``dual``
+    ``(n, outputs)``, ``inverse`` ``(n, n)`` of the noisy kernel, ``output_variance`` ``(outputs,)``.
     """
 
     components: Components
     weights: dict[str, float] = field(default_factory=dict)
     noise: float = 0.0
 
-    def fit(self, labels: np.ndarray, targets: np.ndarray, n_cells: np.ndarray) -> AdditiveKernelRidge:
+    def fit(
+        self,
+        labels: np.ndarray,
+        targets: np.ndarray,
+        n_cells: np.ndarray,
+        begin: np.ndarray | None = None,
+    ) -> AdditiveKernelRidge:
         """Estimate the weights and condition on the training perturbations.
 
         Parameters
@@ -83,6 +105,8 @@ class AdditiveKernelRidge:
             ``(n, outputs)`` their Δ.
         n_cells
             ``(n,)`` cells behind each.
+        begin
+            ``log_weights`` of a similar fit to begin the search at; it saves time.
         """
         if len(labels) != len(targets) or len(labels) != len(n_cells):
             raise ValueError(f"{len(labels)} labels, {len(targets)} targets, {len(n_cells)} cell counts")
@@ -98,11 +122,12 @@ class AdditiveKernelRidge:
         size = max(float(outer.diagonal().mean()), 1e-30)
         outer, parts = outer / size, parts / scale[:, None, None]
         diagonal = torch.tensor(relative_noise)
-        start = -1.0
-        log_weights = torch.full((len(names) + 1,), start, dtype=torch.float64, requires_grad=True)
+        expected = -1.0
+        first = np.full(len(names) + 1, expected) if begin is None else begin
+        log_weights = torch.tensor(first, dtype=torch.float64, requires_grad=True)
 
         def covariance() -> torch.Tensor:
-            weights = log_weights.exp()
+            weights = log_weights.clamp(max=MAX_LOG_WEIGHT).exp()
             ridge = weights[-1] * diagonal + JITTER
             return (weights[:-1, None, None] * parts).sum(dim=0) + torch.diag(ridge)
 
@@ -112,12 +137,13 @@ class AdditiveKernelRidge:
             optimizer.zero_grad()
             factor = torch.linalg.cholesky(covariance())
             fit_term = torch.cholesky_solve(outer, factor).diagonal().sum() / 2
-            loss = factor.diagonal().log().sum() + fit_term + 0.01 * (log_weights - start).square().sum()
+            loss = factor.diagonal().log().sum() + fit_term + 0.01 * (log_weights - expected).square().sum()
             loss.backward()
             return loss
 
         optimizer.step(negative_log_likelihood)
-        weights = log_weights.detach().exp()
+        found = log_weights.detach().clamp(max=MAX_LOG_WEIGHT)
+        self.log_weights, weights = found.numpy(), found.exp()
         self.weights = {
             name: float(weight * size / unit)
             for name, weight, unit in zip(names, weights, scale, strict=False)
@@ -125,26 +151,70 @@ class AdditiveKernelRidge:
         self.noise = float(weights[-1] * size)
         kernel = self.components.weighted(self.weights, self.labels, self.labels)
         kernel = kernel + np.diag(self.noise * relative_noise + JITTER * size)
-        self._inverse = np.linalg.inv(kernel)
-        self._dual = self._inverse @ self.targets
+        self.inverse = np.linalg.inv(kernel)
+        self.dual = self.inverse @ self.targets
         # Outputs differ in scale; the leave-one-out residuals say how much (Rasmussen & Williams, 5.10-12).
-        self._output_variance = (self._dual**2 / np.diag(self._inverse)[:, None]).mean(axis=0)
+        self.output_variance = (self.dual**2 / np.diag(self.inverse)[:, None]).mean(axis=0)
         return self
 
     def predict(self, labels: np.ndarray) -> np.ndarray:
         """Return Δ ``(len(labels), outputs)``."""
-        return self.components.weighted(self.weights, labels, self.labels) @ self._dual
+        return self.components.weighted(self.weights, labels, self.labels) @ self.dual
 
     def leave_one_out(self) -> np.ndarray:
         """Predict every training perturbation from the others, ``(n, outputs)``, in closed form."""
-        return self.targets - self._dual / np.diag(self._inverse)[:, None]
+        return self.targets - self.dual / np.diag(self.inverse)[:, None]
 
     def standard_deviation(self, labels: np.ndarray) -> np.ndarray:
         """Uncertainty of the predicted Δ, ``(len(labels), outputs)``, without the noise of a measurement."""
         cross = self.components.weighted(self.weights, labels, self.labels)
         own = np.diag(self.components.weighted(self.weights, labels, labels))
-        variance = np.maximum(own - np.einsum("ij,jk,ik->i", cross, self._inverse, cross), 0)
-        return np.sqrt(variance[:, None] * self._output_variance)
+        variance = np.maximum(own - np.einsum("ij,jk,ik->i", cross, self.inverse, cross), 0)
+        return np.sqrt(variance[:, None] * self.output_variance)
+
+
+class ComponentwiseKernelRidge:
+    """Additive kernel ridge of each principal direction of the targets, weighed on its own.
+
+    One set of weights for all outputs must compromise between directions that the priors explain and
+    directions that are noise or a gene's own. Here the leading directions of the training targets get
+    weights of their own, and what is left shares one set (a linear model of coregionalization with the
+    principal directions as its basis; Bonilla et al. 2007 estimate the basis too).
+
+    Parameters
+    ----------
+    components
+        Kernels between labels.
+    n_leading
+        Directions with weights of their own.
+    """
+
+    def __init__(self, components: Components, n_leading: int = 8) -> None:
+        self.components, self.n_leading = components, n_leading
+
+    def fit(self, labels: np.ndarray, targets: np.ndarray, n_cells: np.ndarray) -> ComponentwiseKernelRidge:
+        """Fit one :class:`AdditiveKernelRidge` per leading direction and one for the rest."""
+        left, singular, right = np.linalg.svd(np.asarray(targets, dtype=float), full_matrices=False)
+        scores = left * singular
+        joint = AdditiveKernelRidge(self.components).fit(labels, scores, n_cells)
+        leading = min(self.n_leading, max(len(singular) - 1, 0))
+        groups = [slice(k, k + 1) for k in range(leading)] + [slice(leading, None)]
+        self.parts = [
+            (
+                AdditiveKernelRidge(self.components).fit(labels, scores[:, g], n_cells, joint.log_weights),
+                right[g],
+            )
+            for g in groups
+        ]
+        return self
+
+    def predict(self, labels: np.ndarray) -> np.ndarray:
+        """Return the predicted targets ``(len(labels), outputs)``."""
+        return sum(part.predict(labels) @ basis for part, basis in self.parts)
+
+    def leave_one_out(self) -> np.ndarray:
+        """Predict every training label from the others, ``(n, outputs)``, with the basis kept."""
+        return sum(part.leave_one_out() @ basis for part, basis in self.parts)
 
 
 def ridge(

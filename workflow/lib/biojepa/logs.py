@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from biojepa.errors import InputError
+from biojepa.errors import InputError, StoppedRun
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -18,8 +18,9 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 def log_to(path: str | Path) -> Iterator[None]:
     """Log to ``path`` and to the terminal; write tracebacks to the log and leave with status 1.
 
-    An :class:`~biojepa.errors.InputError` prints its one message on the terminal, without a
-    traceback, because its reader is the user and not a developer.
+    An :class:`~biojepa.errors.InputError` and a :class:`~biojepa.errors.StoppedRun`, such as a collapse
+    or a leak, print their one message on the terminal, without a traceback, because their reader is the
+    user and not a developer.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +33,7 @@ def log_to(path: str | Path) -> Iterator[None]:
     logging.captureWarnings(True)
     try:
         yield
-    except InputError as error:
+    except (InputError, StoppedRun) as error:
         logging.getLogger("biojepa").error("%s", error)
         print(f"\nbiojepa: {error}\n(log: {path})\n", file=sys.stderr, flush=True)
         raise SystemExit(1) from error

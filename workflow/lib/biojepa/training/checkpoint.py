@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from biojepa.files import atomic_path
+from biojepa.training.distributed import is_main
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ class Checkpoint:
         return state
 
     def save(self, step: int, **state: Any) -> None:
-        """Write the state after ``step`` finished steps."""
-        if self.path is not None:
+        """Write the state after ``step`` finished steps; of several processes the first one does."""
+        if self.path is not None and is_main():
             with atomic_path(self.path) as temporary:
                 torch.save({"fingerprint": self.fingerprint, "step": step, **state}, temporary)
 

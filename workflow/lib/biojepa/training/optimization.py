@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import os
 import sys
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from biojepa.errors import InputError
+from biojepa.model.targets import ema_decay, frozen_copy, move_average
+from biojepa.training.distributed import average_gradients, is_main, local_device_index, world_size
+from biojepa.training.tracking import Tracker
+
+__all__ = [
+    "Execution",
+    "apply_gradients",
+    "choose_device",
+    "choose_precision",
+    "deterministic_algorithms",
+    "ema_decay",
+    "frozen_copy",
+    "learning_rate",
+    "make_optimizer",
+    "move_average",
+    "progress_bar",
+    "seed_step",
+]
+
+if TYPE_CHECKING:
+    from biojepa.training.settings import TrainSettings
+
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -23,24 +49,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup_share: float = 0.1)
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def ema_decay(step: int, steps: int, start: float = 0.996) -> float:
-    """Momentum of the teacher, from ``start`` to 1 along a cosine (Grill et al. 2020)."""
-    return 1 - (1 - start) * (math.cos(math.pi * step / max(1, steps)) + 1) / 2
-
-
-@torch.no_grad()
-def move_average(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """Move the teacher towards the student by exactly 1 - decay; buffers are copied."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
-    for copied, buffer in zip(teacher.buffers(), student.buffers(), strict=True):
-        copied.copy_(buffer)
-
-
-def frozen_copy(module: M) -> M:
-    """Copy a module; the copy receives no gradient and uses no dropout."""
-    return copy.deepcopy(module).requires_grad_(False).eval()
 
 
 def make_optimizer(modules: Iterable[nn.Module], weight_decay: float) -> torch.optim.AdamW:
@@ -56,11 +64,22 @@ def make_optimizer(modules: Iterable[nn.Module], weight_decay: float) -> torch.o
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
-def apply_gradients(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float = 1.0) -> None:
-    """Backward, clip the norm of the gradient, step."""
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, losses: Tensor | Iterable[Tensor], rate: float, clip: float = 1.0
+) -> None:
+    """Backward, average over processes, clip the norm of the gradient, step.
+
+    Parameters
+    ----------
+    losses
+        One loss, or those of the micro-batches of the step, whose gradients add up. An iterator that
+        computes them one by one holds the graph of one micro-batch at a time.
+    """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    for loss in (losses,) if isinstance(losses, Tensor) else losses:
+        loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    average_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, clip)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -78,11 +97,87 @@ def seed_step(seed: int, stage: int, step: int) -> None:
 
 def progress_bar(stage: str, start: int, steps: int) -> tqdm:
     """Count the steps of a stage from ``start``, on standard error, at most every two seconds."""
-    return tqdm(range(start, steps), stage, initial=start, total=steps, mininterval=2, file=sys.stderr)
+    return tqdm(
+        range(start, steps),
+        stage,
+        initial=start,
+        total=steps,
+        mininterval=2,
+        file=sys.stderr,
+        disable=not is_main(),
+    )
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a stage computes, beside what it computes.
+
+    Attributes
+    ----------
+    precision
+        ``float32`` or ``bfloat16``: what matrices are multiplied in. Weights, losses and statistics stay
+        float32.
+    compile
+        Whether the encoder is compiled by ``torch.compile``.
+    tracker
+        Where curves go besides the history.
+    """
+
+    precision: str = "float32"
+    compile: bool = False
+    tracker: Tracker = field(default_factory=Tracker)
+
+    @classmethod
+    def of(
+        cls, settings: TrainSettings, device: torch.device, checkpoint_folder: str | Path | None
+    ) -> Execution:
+        """Read the settings of a run; curves go beside the folder of its checkpoints."""
+        curves = None
+        if settings.tensorboard and checkpoint_folder is not None:
+            curves = Path(checkpoint_folder).parent / "tensorboard"
+        return cls(choose_precision(settings.precision, device), settings.compile, Tracker(curves))
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Context in which networks run forward."""
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def compiled(self, module: M) -> M:
+        """Return the module, compiled if asked for; both share their parameters."""
+        return torch.compile(module) if self.compile else module  # type: ignore[return-value]
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """Resolve ``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    if wanted not in PRECISIONS:
+        raise ValueError(f"precision is {wanted!r}; expected one of {PRECISIONS}")
+    if wanted == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return wanted
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Let torch use deterministic algorithms only, and put the old setting back.
+
+    On a CPU results repeat without it, for a given number of threads. On a GPU some sums run in an
+    order that differs from run to run; their deterministic forms are slower, and an operation that has
+    none raises an error.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    # cuBLAS reads it when it starts; without it, torch refuses its matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Resolve ``auto``, ``cpu`` or ``cuda``.
+    """Resolve ``auto``, ``cpu`` or ``cuda``; of several processes each takes the GPU of its number.
 
     Raises
     ------
@@ -90,7 +185,7 @@ def choose_device(wanted: str) -> torch.device:
         When cuda is asked for and absent.
     """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         raise InputError(
@@ -99,4 +194,8 @@ def choose_device(wanted: str) -> torch.device:
             "a visible GPU and a CUDA build of torch",
             "run on a machine with a GPU, install a CUDA build of torch, or set train.device to auto or cpu",
         )
+    if wanted == "cuda" and world_size() > 1:
+        device = torch.device("cuda", local_device_index())
+        torch.cuda.set_device(device)
+        return device
     return torch.device(wanted)

@@ -69,6 +69,8 @@ class LatentCells:
         (cells, T, D), standardized.
     membership
         (labels, genes) multi-hot.
+    type_code, dose
+        (labels,) type and dose of the perturbation.
     baseline
         (labels, T, D) what the linear branch says of the change: leave-one-out for training labels,
         so that what is left for the predictor is what the linear branch gets wrong on new labels.
@@ -76,7 +78,13 @@ class LatentCells:
 
     tokens: Tensor
     membership: Tensor
+    type_code: Tensor
+    dose: Tensor
     baseline: Tensor
+
+    def asked(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Multi-hot codes, types and doses of labels (B,), as :meth:`BioJEPA.change` takes them."""
+        return self.membership[labels], self.type_code[labels], self.dose[labels]
 
 
 def train_predictor(
@@ -90,6 +98,7 @@ def train_predictor(
     settings: PredictorSettings,
     seed: int,
     checkpoint: Checkpoint,
+    stop_after: int | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place; at the end it holds the averaged weights that predicted validation best.
 
@@ -102,6 +111,8 @@ def train_predictor(
         Positions of labels. Without validation labels, training runs to its end.
     observed, control
         Mean tokens of the validation labels (V, T, D) and of all controls (T, D).
+    stop_after
+        Steps after which to stop, of a schedule made for ``settings.steps``.
 
     Returns
     -------
@@ -113,7 +124,7 @@ def train_predictor(
     wanted = observed - control - latent.baseline[validation]
     context = control.expand(len(validation), -1, -1)
     history: list[dict[str, float]] = []
-    start, looks, best_loss = 0, 0, _change_error(teacher, context, latent.membership[validation], wanted)
+    start, looks, best_loss = 0, 0, _change_error(teacher, context, latent.asked(validation), wanted)
     nothing = best_loss
     best = copy.deepcopy(teacher.state_dict())
     if state := checkpoint.load():
@@ -126,21 +137,21 @@ def train_predictor(
     progress = progress_bar("predictor", start, settings.steps)
     model.train()
     for step in progress:
-        if looks >= settings.patience:
+        if looks >= settings.patience or (stop_after is not None and step >= stop_after):
             break
         seed_step(seed, STAGE, step)
         labels = train[torch.randint(len(train), (settings.batch_size,), device=device)]
         cells, controls = populations.draw(labels, settings.population)
         z_control, z_perturbed = latent.tokens[controls].mean(dim=1), latent.tokens[cells].mean(dim=1)
-        change = model.change(z_control, latent.membership[labels])
+        change = model.change(z_control, *latent.asked(labels))
         loss = (z_control + latent.baseline[labels] + change - z_perturbed).square().mean()
         apply_gradients(optimizer, loss, learning_rate(step, settings.steps, settings.learning_rate))
         # A young average follows closely, or it would still hold the start when training stops early.
         move_average(teacher, model, min(settings.ema, (1 + step) / (10 + step)))
 
         done = step + 1
-        if done % settings.evaluate_every == 0 or done == settings.steps:
-            value = _change_error(teacher, context, latent.membership[validation], wanted)
+        if done % settings.evaluate_every == 0 or done in (settings.steps, stop_after):
+            value = _change_error(teacher, context, latent.asked(validation), wanted)
             history.append(
                 {"step": done, "loss": float(loss.detach()), "val_loss": value, "val_loss_start": nothing}
             )
@@ -165,8 +176,10 @@ def train_predictor(
 
 
 @torch.no_grad()
-def _change_error(model: BioJEPA, context: Tensor, membership: Tensor, wanted: Tensor) -> float:
+def _change_error(
+    model: BioJEPA, context: Tensor, asked: tuple[Tensor, Tensor, Tensor], wanted: Tensor
+) -> float:
     if not len(context):
         return float("nan")
     model.eval()
-    return float((model.change(context, membership) - wanted).square().mean())
+    return float((model.change(context, *asked) - wanted).square().mean())

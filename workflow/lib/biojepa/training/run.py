@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -17,24 +18,31 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from biojepa.baselines import fit_linear_branch
 from biojepa.collapse import statistics
 from biojepa.contracts import TRAIN
+from biojepa.linear_branch import LeftOut, LinearBranch, fit_branch
+from biojepa.model.biojepa import BioJEPA
 from biojepa.model.embedding import CellEmbedding, PCAProjection
 from biojepa.pairs import CONTROL_CODE, Pairs, refuse_leaked_pairs, trainable_labels, validation_labels
-from biojepa.readout import calibrate_scale, fit_readout, gate
+from biojepa.probes import linear_probes
+from biojepa.readout import Readout, calibrate_scale, fit_readout, gate
 from biojepa.training.cells import CellStore, Populations, spread
 from biojepa.training.checkpoint import Checkpoint
 from biojepa.training.encoder_stage import MONITOR_CELLS, train_encoder
-from biojepa.training.optimization import choose_device
+from biojepa.training.joint_stage import train_joint
+from biojepa.training.optimization import Execution, choose_device, deterministic_algorithms
 from biojepa.training.predictor_stage import LatentCells, train_predictor
 from biojepa.training.settings import TrainSettings
 from biojepa.training.trained import TrainedModel, make_embedding, make_predictor
 
 log = logging.getLogger(__name__)
 
+MIN_GATED = 3
+GATE_FOLDS = 3
+PROBED_CELLS = 3000
 
-def _codes(pairs: Pairs, priors: str, seed: int) -> dict[str, np.ndarray]:
+
+def prior_codes(pairs: Pairs, priors: str, seed: int) -> dict[str, np.ndarray]:
     """Take the codes as given, permuted among the genes that a source covers, or none."""
     if priors == "none":
         return {}
@@ -93,7 +101,7 @@ class _Fold:
         number = np.full(len(pairs.labels) + 1, -1)
         number[train] = np.arange(len(train))
         return cls(
-            pairs=replace(pairs, codes=_codes(pairs, priors, seed)),
+            pairs=replace(pairs, codes=prior_codes(pairs, priors, seed)),
             store=CellStore(pairs, device),
             train=train,
             validation=validation_labels(pairs),
@@ -102,32 +110,14 @@ class _Fold:
         )
 
     @property
+    def controls(self) -> Tensor:
+        """Control cells."""
+        return self.cells[self.classes[self.cells] < 0]
+
+    @property
     def monitored(self) -> Tensor:
         """Training cells that the collapse statistics are taken of, drawn evenly."""
         return spread(self.cells, MONITOR_CELLS)
-
-
-@dataclass(frozen=True)
-class _LinearBranch:
-    """The additive kernel ridge in expression and in the latent space, for all labels.
-
-    Attributes
-    ----------
-    expression, sd
-        (labels, genes) Δ and its standard deviation.
-    tokens
-        (labels, T, D) change of the tokens.
-    left_out
-        The same, but for training labels what the other training labels say of them.
-    weights
-        Estimated weights of the kernels in expression space.
-    """
-
-    expression: Tensor
-    sd: Tensor
-    tokens: Tensor
-    left_out: Tensor
-    weights: dict[str, float]
 
 
 def train_model(
@@ -173,65 +163,70 @@ def train_model(
     fingerprint = _fingerprint(pairs, settings, seed, encoder_from)
     fold = _Fold.of(pairs, settings.priors, seed, device)
 
-    checkpoint = Checkpoint(checkpoint_folder, "encoder", fingerprint)
-    embedding, encoder_rows = _embedding(fold, settings, seed, encoder_from, checkpoint)
-    encoder_seconds = time.perf_counter() - started
-    tokens = embed(embedding, fold.store, torch.arange(len(fold.store), device=device))
-    if encoder_from is None:
-        embedding.fit_tokens(tokens[fold.cells])
-        tokens = (tokens - embedding.token_mean) / embedding.token_scale
-
-    token_means, control_tokens = _label_means(pairs, tokens)
-    expression_means, control_expression = pairs.pseudobulk()
-    observed = token_means[fold.validation]
-    readout, penalty = fit_readout(
-        lambda: ((tokens[part], fold.store.rows(part)) for part in fold.cells.split(4096)),
-        observed,
-        torch.from_numpy(expression_means[fold.validation]).float().to(device),
-    )
-    delta = expression_means - control_expression
-    branch = _linear_branch(fold, delta, token_means - control_tokens) if settings.linear_branch else None
-
-    membership = torch.from_numpy(pairs.membership).float().to(device)
+    execution = Execution.of(settings, device, checkpoint_folder)
+    embedding = _prepare(fold, settings, seed, encoder_from)
+    codes = {name: torch.from_numpy(values).float() for name, values in fold.pairs.codes.items()}
     torch.manual_seed(seed)
-    codes = {name: torch.from_numpy(values) for name, values in fold.pairs.codes.items()}
-    seen = membership[fold.train].any(dim=0).cpu()
-    predictor = make_predictor(settings, embedding, codes, seen).to(device)
-    predictor_rows = train_predictor(
-        predictor,
-        Populations(pairs, device),
-        LatentCells(tokens, membership, torch.zeros_like(token_means) if branch is None else branch.left_out),
-        torch.from_numpy(fold.train).to(device),
-        torch.from_numpy(fold.validation).to(device),
-        observed,
-        control_tokens,
-        settings.predictor,
-        seed,
-        Checkpoint(checkpoint_folder, "predictor", fingerprint),
-    )
-    model = TrainedModel(
-        settings=settings,
-        facts=dict(pairs.facts),
-        genes=pairs.genes,
-        embedding=embedding,
-        predictor=predictor,
-        readout=readout,
-        control_tokens=control_tokens,
-        control_expression=torch.from_numpy(control_expression).float().to(device),
-        membership=membership,
-        labels=pairs.labels,
-        sets=pairs.sets,
-        linear_expression=None if branch is None else branch.expression,
-        linear_tokens=None if branch is None else branch.tokens,
-        linear_sd=None if branch is None else branch.sd,
-        weight=1.0,
-    )
-    model.weight, t = _believe(model, fold.validation, delta[fold.validation])
+    predictor = make_predictor(
+        settings,
+        embedding,
+        codes,
+        torch.from_numpy(pairs.membership[fold.train].any(axis=0)),
+        len(pairs.types),
+        bool((pairs.dose != 1).any()),
+    ).to(device)
+    jointly = settings.stages == "joint" and settings.embedding == "jepa" and encoder_from is None
+    encoder_rows: list[dict[str, float]] = []
+    with deterministic_algorithms(settings.deterministic):
+        if encoder_from is None:
+            checkpoint = Checkpoint(checkpoint_folder, "encoder", fingerprint)
+            learner = predictor if jointly else None
+            encoder_rows = _learn_embedding(fold, settings, seed, embedding, learner, checkpoint, execution)
+        encoder_seconds = time.perf_counter() - started
+        tokens = embed(embedding, fold.store, torch.arange(len(fold.store), device=device))
+        if encoder_from is None and not jointly:
+            embedding.fit_tokens(tokens[fold.cells])
+            tokens = (tokens - embedding.token_mean) / embedding.token_scale
 
-    stages = {"encoder": encoder_rows, "predictor": predictor_rows}
+        summary = _Summary.of(fold, tokens)
+        readout, penalty = fit_readout(
+            lambda: ((tokens[part], fold.store.rows(part)) for part in fold.cells.split(4096)),
+            summary.tokens[fold.validation],
+            torch.from_numpy(summary.expression[fold.validation]).float().to(device),
+        )
+        branch, left_out = (
+            _linear_branch(fold, summary, readout, settings) if settings.linear_branch else (None, None)
+        )
+        model = TrainedModel(
+            settings=settings,
+            facts=dict(pairs.facts),
+            genes=pairs.genes,
+            embedding=embedding,
+            predictor=predictor,
+            readout=readout,
+            control_tokens=summary.control_tokens,
+            control_expression=torch.from_numpy(summary.control_expression).float().to(device),
+            labels=pairs.labels,
+            sets=pairs.sets,
+            perturbed_genes=pairs.perturbed_genes,
+            types=pairs.types,
+            type_code=pairs.type_code,
+            dose=pairs.dose,
+            branch=branch,
+            weight=1.0,
+            blended=jointly and branch is not None,
+        )
+        latent = _Latent(fold, summary, tokens, left_out, seed, checkpoint_folder, fingerprint)
+        predictor_rows, t = latent.weigh(model) if jointly else latent.train_and_weigh(model)
+
+    for row in predictor_rows:
+        execution.tracker.add("predictor", row)
+    stages = {"joint" if jointly else "encoder": encoder_rows, "predictor": predictor_rows}
     history = pd.DataFrame([{"stage": stage, **row} for stage, rows in stages.items() for row in rows])
+    probed = spread(fold.cells, PROBED_CELLS)
     metrics = {
         **_effort(settings, device, encoder_seconds if encoder_rows else 0.0, time.perf_counter() - started),
+        "precision": execution.precision,
         "n_training_cells": len(fold.cells),
         "n_training_perturbations": len(fold.train),
         "n_validation_perturbations": len(fold.validation),
@@ -240,30 +235,162 @@ def train_model(
         "latent_weight": model.weight,
         "latent_weight_t": t,
         "linear_weights": {} if branch is None else branch.weights,
-        "embedding": statistics(tokens[fold.monitored], fold.classes[fold.monitored]),
+        # Before they are standardized, which would hide a collapse.
+        "embedding": statistics(
+            tokens[fold.monitored] * embedding.token_scale + embedding.token_mean,
+            fold.classes[fold.monitored],
+        ),
+        "probes": linear_probes(
+            tokens[probed],
+            fold.classes[probed],
+            torch.from_numpy(pairs.batch.astype(np.int64)).to(device)[probed],
+            fold.store.log_library[probed],
+            fold.store.rows(probed),
+        ),
     }
     return model, history, metrics
 
 
-def _linear_branch(fold: _Fold, delta: np.ndarray, token_change: Tensor) -> _LinearBranch:
-    """Fit both ridges on the training labels; ``delta`` (labels, genes), ``token_change`` (labels, T, D)."""
-    everything, device = np.arange(len(fold.pairs.labels)), token_change.device
+@dataclass(frozen=True)
+class _Summary:
+    """Means over cells of one fold.
 
-    def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).float().to(device)
+    Attributes
+    ----------
+    tokens, control_tokens
+        (labels, T, D), NaN without cells, and (T, D) of the controls.
+    expression, control_expression
+        (labels, genes), NaN without cells, and (genes,).
+    """
 
-    expression = fit_linear_branch(fold.pairs, fold.train, delta[fold.train])
-    latent = fit_linear_branch(fold.pairs, fold.train, token_change[fold.train].flatten(1).cpu().numpy())
-    tokens = tensor(latent.predict(everything)).view_as(token_change)
-    left_out = tokens.clone()
-    left_out[fold.train] = tensor(latent.leave_one_out()).view(-1, *tokens.shape[1:])
-    return _LinearBranch(
-        expression=tensor(expression.predict(everything)),
-        sd=tensor(expression.standard_deviation(everything)),
-        tokens=tokens,
-        left_out=left_out,
-        weights={**expression.weights, "noise": expression.noise},
+    tokens: Tensor
+    control_tokens: Tensor
+    expression: np.ndarray
+    control_expression: np.ndarray
+
+    @classmethod
+    def of(cls, fold: _Fold, tokens: Tensor) -> _Summary:
+        return cls(*label_means(fold.pairs, tokens), *fold.pairs.pseudobulk())
+
+    @property
+    def delta(self) -> np.ndarray:
+        """Change of expression (labels, genes)."""
+        return self.expression - self.control_expression
+
+
+def _linear_branch(
+    fold: _Fold, summary: _Summary, readout: Readout, settings: TrainSettings
+) -> tuple[LinearBranch, LeftOut]:
+    _, deviation = fold.store.moments(fold.controls)
+    change = summary.tokens[fold.train] - summary.control_tokens
+    return fit_branch(
+        fold.pairs,
+        fold.train,
+        summary.delta[fold.train],
+        change.flatten(1).double().cpu().numpy(),
+        summary.control_expression,
+        deviation.square().double().cpu().numpy(),
+        readout.weight.double().cpu().numpy(),
+        settings.latent_share,
     )
+
+
+@dataclass(frozen=True)
+class _Latent:
+    """Train the latent predictor, and decide how much of what it says to believe.
+
+    With a linear branch the predictor learns what is left of the training labels when each is predicted
+    from the others, and its weight is that of held-out labels: the validation ones, or, where there are
+    fewer than three, training labels in turn (cross-fitting).
+    """
+
+    fold: _Fold
+    summary: _Summary
+    tokens: Tensor
+    left_out: LeftOut | None
+    seed: int
+    checkpoint_folder: str | Path | None
+    fingerprint: str
+
+    def train_and_weigh(self, model: TrainedModel) -> tuple[list[dict[str, float]], float | None]:
+        """Train ``model.predictor`` in place and set ``model.weight``; return history and t statistic."""
+        fold = self.fold
+        if self.left_out is not None and len(fold.validation) < MIN_GATED:
+            return self._cross_fit(model, self.left_out)
+        rows = self._train(model, fold.train, fold.validation)
+        return rows, self.weigh(model)[1]
+
+    def weigh(self, model: TrainedModel) -> tuple[list[dict[str, float]], float | None]:
+        """Set ``model.weight`` by the validation labels; return no history, and the t statistic."""
+        asked = model.asked(self.fold.validation)
+        observed, latent = self.summary.delta[self.fold.validation], model.latent_change(*asked)
+        if model.branch is None:
+            model.weight = calibrate_scale(latent, observed)
+            return [], None
+        linear = model.linear_change(asked[0])
+        # A predictor trained jointly knows the whole change, so it takes the place of the linear branch.
+        addition = latent - linear if model.blended else latent
+        model.weight, t = gate(addition, observed - linear)
+        return [], t
+
+    def _cross_fit(self, model: TrainedModel, left_out: LeftOut) -> tuple[list[dict[str, float]], float]:
+        fold, start = self.fold, copy.deepcopy(model.predictor)
+        turns = np.random.default_rng(self.seed).permutation(len(fold.train)) % GATE_FOLDS
+        addition, rows, best = np.zeros_like(left_out.expression), [], []
+        for turn in range(GATE_FOLDS):
+            out = turns == turn
+            model.predictor = copy.deepcopy(start)
+            history = self._train(model, fold.train[~out], fold.train[out], f"predictor{turn}")
+            addition[out] = model.latent_change(*model.asked(fold.train[out]))
+            rows += [{"turn": turn, **row} for row in history]
+            best.append(_best_step(history))
+        model.weight, t = gate(addition, self.summary.delta[fold.train] - left_out.expression)
+        model.predictor = start
+        if model.weight:
+            rows += self._train(model, fold.train, fold.train[:0], stop_after=int(np.median(best)))
+        model.predictor.requires_grad_(False).eval()
+        return rows, t
+
+    def _train(
+        self,
+        model: TrainedModel,
+        train: np.ndarray,
+        validation: np.ndarray,
+        name: str = "predictor",
+        stop_after: int | None = None,
+    ) -> list[dict[str, float]]:
+        pairs, device = self.fold.pairs, self.tokens.device
+        baseline = torch.zeros_like(self.summary.tokens)
+        if model.branch is not None and self.left_out is not None:
+            said = model.branch.token_change(pairs.membership, pairs.codes)
+            said[self.fold.train] = self.left_out.tokens
+            baseline = torch.from_numpy(said).float().to(device).view_as(baseline)
+        membership = torch.from_numpy(pairs.membership).float().to(device)
+        return train_predictor(
+            model.predictor,
+            Populations(pairs, device),
+            LatentCells(
+                self.tokens,
+                membership,
+                torch.from_numpy(pairs.type_code.astype(np.int64)).to(device),
+                torch.from_numpy(pairs.dose).to(device),
+                baseline,
+            ),
+            torch.from_numpy(train).to(device),
+            torch.from_numpy(validation).to(device),
+            self.summary.tokens[validation],
+            self.summary.control_tokens,
+            model.settings.predictor,
+            self.seed,
+            Checkpoint(self.checkpoint_folder, name, self.fingerprint),
+            stop_after,
+        )
+
+
+def _best_step(history: list[dict[str, float]]) -> int:
+    """Step of the least validation loss, 0 where none is below that of no change."""
+    best = min(history, key=lambda row: row["val_loss"])
+    return int(best["step"]) if best["val_loss"] < best["val_loss_start"] else 0
 
 
 def _effort(
@@ -282,32 +409,57 @@ def _effort(
     }
 
 
-def _embedding(
-    fold: _Fold,
-    settings: TrainSettings,
-    seed: int,
-    encoder_from: TrainedModel | None,
-    checkpoint: Checkpoint,
-) -> tuple[CellEmbedding, list[dict[str, float]]]:
-    """Make the frozen embedding: reuse, train, project or leave as initialized."""
-    store, cells = fold.store, fold.cells
+def _prepare(
+    fold: _Fold, settings: TrainSettings, seed: int, encoder_from: TrainedModel | None
+) -> CellEmbedding:
+    """Take over the embedding of another model, or make one and fit the standardization of its inputs."""
     if encoder_from is not None:
         same_split = encoder_from.facts["split_sha256"] == fold.pairs.facts["split_sha256"]
         if not same_split or encoder_from.genes != fold.pairs.genes:
             raise ValueError("the encoder to reuse was trained on another split or other genes")
-        return encoder_from.embedding.to(store.device), []
+        return encoder_from.embedding.to(fold.store.device)
     torch.manual_seed(seed)
-    embedding = make_embedding(settings, len(fold.pairs.genes)).to(store.device)
-    mean, scale = store.moments(cells)
-    embedding.fit_inputs(mean, scale, store.log_library[cells])
+    embedding = make_embedding(settings, len(fold.pairs.genes)).to(fold.store.device)
+    embedding.fit_inputs(*fold.store.moments(fold.cells), fold.store.log_library[fold.cells])
+    return embedding
+
+
+def _learn_embedding(
+    fold: _Fold,
+    settings: TrainSettings,
+    seed: int,
+    embedding: CellEmbedding,
+    predictor: BioJEPA | None,
+    checkpoint: Checkpoint,
+    execution: Execution,
+) -> list[dict[str, float]]:
+    """Train the embedding in place, with the predictor where one is given; or project, or leave it be."""
+    store, cells = fold.store, fold.cells
     body = embedding.body
     if isinstance(body, PCAProjection):
         inputs = [embedding.inputs(store.rows(c), store.log_library[c])[0] for c in cells.split(4096)]
         body.fit(torch.cat(inputs))
-        return embedding.eval(), []
-    if settings.embedding == "untrained":
-        return embedding.requires_grad_(False).eval(), []
-    return embedding, train_encoder(store, embedding, cells, fold.classes, settings.encoder, seed, checkpoint)
+    if settings.embedding != "jepa":
+        embedding.requires_grad_(False).eval()
+        return []
+    if predictor is None:
+        return train_encoder(
+            store, embedding, cells, fold.classes, settings.encoder, seed, checkpoint, execution
+        )
+    return train_joint(
+        store,
+        embedding,
+        predictor,
+        Populations(fold.pairs, store.device),
+        cells,
+        fold.classes,
+        torch.from_numpy(fold.pairs.membership).float().to(store.device),
+        torch.from_numpy(fold.train).to(store.device),
+        settings,
+        seed,
+        checkpoint,
+        execution,
+    )
 
 
 @torch.no_grad()
@@ -317,7 +469,7 @@ def embed(embedding: CellEmbedding, store: CellStore, cells: Tensor, block: int 
     return torch.cat([embedding(store.rows(part), store.log_library[part]) for part in cells.split(block)])
 
 
-def _label_means(pairs: Pairs, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def label_means(pairs: Pairs, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Mean tokens of each label (labels, T, D), NaN without cells, and of the controls (T, D)."""
     owner = torch.from_numpy(pairs.perturbation.astype(np.int64)).to(tokens.device) - CONTROL_CODE
     sums = torch.zeros(len(pairs.labels) + 1, *tokens.shape[1:], dtype=torch.float64, device=tokens.device)
@@ -325,17 +477,6 @@ def _label_means(pairs: Pairs, tokens: Tensor) -> tuple[Tensor, Tensor]:
     counts = torch.bincount(owner, minlength=len(sums)).double()
     means = (sums / counts[:, None, None]).float()
     return means[1:], means[0]
-
-
-def _believe(model: TrainedModel, validation: np.ndarray, observed: np.ndarray) -> tuple[float, float | None]:
-    """Weigh the latent prediction by validation perturbations: gate it, or scale it where it is alone."""
-    if not len(validation):
-        return (0.0 if model.linear_expression is not None else 1.0), 0.0
-    latent = model.latent_change(validation).cpu().numpy()
-    if model.linear_expression is None:
-        return calibrate_scale(latent, observed), None
-    linear = model.linear_expression[torch.as_tensor(validation)].cpu().numpy()
-    return gate(latent, observed - linear)
 
 
 def _peak_memory(device: torch.device) -> float:

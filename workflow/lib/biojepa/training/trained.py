@@ -14,12 +14,14 @@ from torch import Tensor
 
 from biojepa.errors import InputError
 from biojepa.files import atomic_path
+from biojepa.linear_branch import LinearBranch
 from biojepa.model.biojepa import BioJEPA, BioJEPAConfig
 from biojepa.model.embedding import CellEmbedding, PCAProjection
+from biojepa.pairs import multi_hot
 from biojepa.readout import Readout
 from biojepa.training.settings import TrainSettings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PCA_TOKENS = (8, 8)
 
 
@@ -31,19 +33,27 @@ class TrainedModel:
     ----------
     settings, facts
         What made it; ``facts`` are those of ``pairs.h5``.
+    genes
+        Genes of the expression that it reads and predicts.
     embedding, predictor, readout
         The frozen embedding, the latent predictor, and expression from tokens.
     control_tokens
         (T, D) mean of all controls.
     control_expression
         (genes,) mean log-expression of all controls.
-    membership, labels, sets
-        Of all labels of the fold.
-    linear_expression, linear_tokens, linear_sd
-        What the linear branch says of each label: (labels, genes), (labels, T, D), (labels, genes);
-        ``None`` without a linear branch.
+    labels, sets
+        Of the fold.
+    perturbed_genes
+        Genes that can be asked for: those that have a code.
+    types, type_code, dose
+        Types of perturbation, and type and dose of each label.
+    branch
+        The linear branch, or ``None`` where the latent predictor stands alone.
     weight
         The gate of the latent prediction, or its scale where it stands alone.
+    blended
+        Whether the latent prediction takes the place of that share of the linear branch, instead of
+        being added to it.
     """
 
     settings: TrainSettings
@@ -54,51 +64,115 @@ class TrainedModel:
     readout: Readout
     control_tokens: Tensor
     control_expression: Tensor
-    membership: Tensor
     labels: tuple[str, ...]
     sets: tuple[str, ...]
-    linear_expression: Tensor | None
-    linear_tokens: Tensor | None
-    linear_sd: Tensor | None
+    perturbed_genes: tuple[str, ...]
+    types: tuple[str, ...]
+    type_code: np.ndarray
+    dose: np.ndarray
+    branch: LinearBranch | None
     weight: float
+    blended: bool = False
+
+    @property
+    def codes(self) -> dict[str, Tensor]:
+        """Prior codes of the perturbed genes, source name to (perturbed genes, dim)."""
+        perturbation = self.predictor.perturbation
+        return {name: perturbation.get_buffer(f"codes_{name}") for name in perturbation.sources}
+
+    def predict(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Predict labels of the fold, given by their positions; see :meth:`predict_membership`."""
+        return self.predict_membership(*self.asked(labels))
+
+    def asked(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Multi-hot codes, types and doses of labels of the fold, given by their positions."""
+        labels = np.asarray(labels, dtype=np.int64)
+        names = [self.labels[label] for label in labels]
+        return multi_hot(names, self.perturbed_genes), self.type_code[labels], self.dose[labels]
 
     @torch.no_grad()
-    def predict(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """Predict labels of the fold.
+    def predict_membership(
+        self, membership: np.ndarray, type_code: np.ndarray | None = None, dose: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Predict any combination of the genes that have a code.
+
+        Parameters
+        ----------
+        membership
+            (n, perturbed genes) multi-hot; all zero is control.
+        type_code, dose
+            (n,) type and dose; those most common among the labels where ``None``. The latent predictor
+            knows them, the linear branch does not.
 
         Returns
         -------
         expression
-            (len(labels), genes) mean log-expression.
+            (n, genes) mean log-expression.
         sd
-            (len(labels), genes) its uncertainty, or ``None``.
+            (n, genes) its uncertainty, or ``None``.
         tokens
-            (len(labels), T, D) predicted standardized tokens.
+            (n, T, D) predicted standardized tokens.
+
+        Raises
+        ------
+        ValueError
+            When ``membership`` has another shape.
         """
-        index = torch.as_tensor(labels, device=self.control_tokens.device)
-        context = self.control_tokens.expand(len(index), -1, -1)
-        change = self.weight * self._token_change(index)
-        expression, tokens, sd = self.control_expression + self.readout.change(change), context + change, None
-        if (
-            self.linear_expression is not None
-            and self.linear_tokens is not None
-            and self.linear_sd is not None
-        ):
-            expression = expression + self.linear_expression[index]
-            tokens = tokens + self.linear_tokens[index]
-            sd = self.linear_sd[index].cpu().numpy()
+        self._require_membership(membership)
+        change = self.weight * self._token_change(membership, type_code, dose)
+        expression = self.control_expression + self.readout.change(change)
+        tokens, sd = self.control_tokens + change, None
+        if self.branch is not None:
+            codes = self._plain_codes()
+            share = 1 - self.weight if self.blended else 1.0
+            expression = expression + share * self._tensor(self.linear_change(membership))
+            tokens = tokens + share * self._tensor(self.branch.token_change(membership, codes)).view_as(
+                change
+            )
+            sd = self.branch.standard_deviation(membership, codes).astype(np.float32)
         # A mean of log1p values cannot be negative.
         return expression.clamp(min=0).cpu().numpy(), sd, tokens.cpu().numpy()
 
-    def latent_change(self, labels: np.ndarray) -> Tensor:
-        """Change of expression (len(labels), genes) that the latent predictor alone says, unweighted."""
-        index = torch.as_tensor(labels, device=self.control_tokens.device)
-        return self.readout.change(self._token_change(index))
+    def linear_change(self, membership: np.ndarray) -> np.ndarray:
+        """Change of expression (n, genes) that the linear branch alone says; zero without one."""
+        if self.branch is None:
+            return np.zeros((len(membership), len(self.genes)))
+        weight = self.readout.weight.double().cpu().numpy()
+        return self.branch.change(membership, self._plain_codes(), weight)
+
+    def latent_change(
+        self, membership: np.ndarray, type_code: np.ndarray | None = None, dose: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Change of expression (n, genes) that the latent predictor alone says, unweighted."""
+        return self.readout.change(self._token_change(membership, type_code, dose)).cpu().numpy()
 
     @torch.no_grad()
-    def _token_change(self, index: Tensor) -> Tensor:
-        context = self.control_tokens.expand(len(index), -1, -1)
-        return self.predictor.eval().change(context, self.membership[index])
+    def _token_change(
+        self, membership: np.ndarray, type_code: np.ndarray | None, dose: np.ndarray | None
+    ) -> Tensor:
+        n = len(membership)
+        kinds = np.full(n, np.bincount(self.type_code).argmax()) if type_code is None else type_code
+        doses = np.full(n, np.median(self.dose)) if dose is None else dose
+        device = self.control_tokens.device
+        return self.predictor.eval().change(
+            self.control_tokens.expand(n, -1, -1),
+            self._tensor(membership),
+            torch.as_tensor(kinds, dtype=torch.int64, device=device),
+            self._tensor(doses),
+        )
+
+    def _require_membership(self, membership: np.ndarray) -> None:
+        if membership.ndim != 2 or membership.shape[1] != len(self.perturbed_genes):
+            raise ValueError(
+                f"membership has shape {membership.shape}; expected (any, {len(self.perturbed_genes)}), "
+                "one column per perturbed gene"
+            )
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.float32, device=self.control_tokens.device)
+
+    def _plain_codes(self) -> dict[str, np.ndarray]:
+        return {name: values.cpu().numpy() for name, values in self.codes.items()}
 
     def save(self, path: str | Path) -> None:
         """Write weights, arrays and the settings that made them; tensors and plain values only."""
@@ -109,31 +183,37 @@ class TrainedModel:
             "genes": list(self.genes),
             "labels": list(self.labels),
             "sets": list(self.sets),
-            "sources": self._codes,
+            "perturbed_genes": list(self.perturbed_genes),
+            "types": list(self.types),
+            "type_code": torch.from_numpy(self.type_code),
+            "dose": torch.from_numpy(self.dose),
+            "sources": self.codes,
             "seen": self.predictor.perturbation.seen,
             "embedding": self.embedding.state_dict(),
             "predictor": self.predictor.state_dict(),
             "readout": {"weight": self.readout.weight, "bias": self.readout.bias},
-            "arrays": {name: getattr(self, name) for name in _ARRAYS},
+            "control_tokens": self.control_tokens,
+            "control_expression": self.control_expression,
+            "branch": None if self.branch is None else _tensors(self.branch.state()),
             "weight": self.weight,
+            "blended": self.blended,
         }
         with atomic_path(path) as temporary:
             torch.save(content, temporary)
 
-    @property
-    def _codes(self) -> dict[str, Tensor]:
-        perturbation = self.predictor.perturbation
-        return {name: perturbation.get_buffer(f"codes_{name}") for name in perturbation.sources}
+
+def _tensors(content: Any) -> Any:
+    """Turn arrays into tensors at every depth: files hold no pickled object."""
+    if isinstance(content, dict):
+        return {key: _tensors(value) for key, value in content.items()}
+    return torch.from_numpy(content) if isinstance(content, np.ndarray) else content
 
 
-_ARRAYS = (
-    "control_tokens",
-    "control_expression",
-    "membership",
-    "linear_expression",
-    "linear_tokens",
-    "linear_sd",
-)
+def _arrays(content: Any) -> Any:
+    """Turn tensors back into arrays."""
+    if isinstance(content, dict):
+        return {key: _arrays(value) for key, value in content.items()}
+    return content.cpu().numpy() if isinstance(content, Tensor) else content
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +243,14 @@ def load_model(path: str | Path, device: str = "cpu") -> TrainedModel:
     settings = TrainSettings.from_config(content["settings"])
     embedding = make_embedding(settings, len(content["genes"])).to(device)
     embedding.load_state_dict(content["embedding"])
-    predictor = make_predictor(settings, embedding, content["sources"], content["seen"]).to(device)
+    predictor = make_predictor(
+        settings,
+        embedding,
+        content["sources"],
+        content["seen"],
+        len(content["types"]),
+        bool((content["dose"] != 1).any()),
+    ).to(device)
     predictor.load_state_dict(content["predictor"])
     return TrainedModel(
         settings=settings,
@@ -172,10 +259,17 @@ def load_model(path: str | Path, device: str = "cpu") -> TrainedModel:
         embedding=embedding.requires_grad_(False).eval(),
         predictor=predictor.requires_grad_(False).eval(),
         readout=Readout(**content["readout"]),
+        control_tokens=content["control_tokens"],
+        control_expression=content["control_expression"],
         labels=tuple(content["labels"]),
         sets=tuple(content["sets"]),
+        perturbed_genes=tuple(content["perturbed_genes"]),
+        types=tuple(content["types"]),
+        type_code=content["type_code"].cpu().numpy(),
+        dose=content["dose"].cpu().numpy(),
+        branch=None if content["branch"] is None else LinearBranch(**_arrays(content["branch"])),
         weight=content["weight"],
-        **content["arrays"],
+        blended=content["blended"],
     )
 
 
@@ -187,7 +281,12 @@ def make_embedding(settings: TrainSettings, n_genes: int) -> CellEmbedding:
 
 
 def make_predictor(
-    settings: TrainSettings, embedding: CellEmbedding, codes: Mapping[str, Tensor], seen: Tensor
+    settings: TrainSettings,
+    embedding: CellEmbedding,
+    codes: Mapping[str, Tensor],
+    seen: Tensor,
+    n_types: int = 1,
+    dosed: bool = False,
 ) -> BioJEPA:
     """Make the latent predictor of the settings, not yet trained."""
     p = settings.predictor
@@ -204,4 +303,4 @@ def make_predictor(
         learned_genes=not settings.linear_branch,
         interaction=p.interaction,
     )
-    return BioJEPA(embedding.num_tokens, embedding.dim, codes, seen, config)
+    return BioJEPA(embedding.num_tokens, embedding.dim, codes, seen, config, n_types, dosed)
