@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from types import MappingProxyType
 
 import anndata as ad
 import h5py
@@ -29,7 +32,8 @@ from biojepa.pairs import (
     trainable_labels,
     validation_labels,
 )
-from biojepa.priors import GeneCodes, network_codes, read_network
+from biojepa.priors import GeneCodes, gene_table_source, network_codes, read_gene_table, read_network
+from biojepa.responses import response_source
 from biojepa.splits import LeakageError, labels_in, read_split
 
 GENES = [f"G{i}" for i in range(40)]
@@ -60,18 +64,26 @@ class Screen:
         self.write()
         self.table = freeze_split(self.cells, self.split, "made", "perturbation", 1, SETTINGS)
 
-    def write(self) -> None:
+    def write(self, **columns) -> None:
         obs = pd.DataFrame(
-            {"perturbation": self.labels, "batch": self.batch, "library_size": self.library}, index=self.names
+            {"perturbation": self.labels, "batch": self.batch, "library_size": self.library, **columns},
+            index=self.names,
         )
         obs = obs.astype({"perturbation": "category", "batch": "category"})
         ad.AnnData(sparse.csr_matrix(self.X), obs, pd.DataFrame(index=GENES)).write_h5ad(self.cells)
 
-    def build(self, name: str = "pairs.h5", **changes) -> Pairs:
+    def build(self, name: str = "pairs.h5", more=MappingProxyType({}), **changes) -> Pairs:
         settings = PairSettings(**{**SETTINGS.__dict__, **changes})
         path = self.folder / name
-        build_pairs(
-            self.cells, self.split, path, [self.network], [], settings, {"dataset": "made", "fold": 1}
+        self.coverage = build_pairs(
+            self.cells,
+            self.split,
+            path,
+            [self.network],
+            [],
+            settings,
+            {"dataset": "made", "fold": 1},
+            **more,
         )
         return read_pairs(path)
 
@@ -115,7 +127,7 @@ def test_pairs_hold_the_kept_cells_and_genes_by_value(built):
     np.testing.assert_allclose(pairs.log_library_size, np.log(screen.library[keep]), rtol=1e-6)
     names = np.array([*pairs.labels, "control"])  # control is -1, the last
     np.testing.assert_array_equal(names[pairs.perturbation], screen.labels[keep])
-    assert dict(pairs.facts) == {"dataset": "made", "fold": 1, "format_version": 1}
+    assert dict(pairs.facts) == {"dataset": "made", "fold": 1, "format_version": 2}
 
 
 def test_labels_sets_and_categories_are_those_of_the_split(built):
@@ -333,6 +345,169 @@ def test_too_few_perturbations_are_refused_with_the_settings_to_change(screen):
     ):
         assert part in str(caught.value)
     assert not (screen.folder / "few.tsv").exists()
+
+
+def write_table(folder: Path) -> Path:
+    """Features of the perturbed genes G0 to G5, and of two genes that the screen does not perturb."""
+    rng = np.random.default_rng(7)
+    table = pd.DataFrame(rng.standard_normal((8, 5)), index=[*SINGLES[:6], "NEW1", "NEW2"])
+    table.to_csv(folder / "features.tsv", sep="\t", index_label="gene")
+    return folder / "features.tsv"
+
+
+def write_other_screen(folder: Path) -> Path:
+    """Another screen of G2 to G7 and NEW3, with genes of its own."""
+    rng = np.random.default_rng(8)
+    labels = np.repeat(["control", *SINGLES[2:8], "NEW3", "G2+G3"], 6)
+    obs = pd.DataFrame({"perturbation": pd.Categorical(labels)}, index=[f"o{i}" for i in range(len(labels))])
+    X = sparse.csr_matrix(rng.gamma(1.0, 1.0, (len(labels), 15)).astype(np.float32))
+    ad.AnnData(X, obs, pd.DataFrame(index=[f"X{i}" for i in range(15)])).write_h5ad(folder / "other.h5ad")
+    return folder / "other.h5ad"
+
+
+def more_sources(folder: Path) -> dict:
+    return {"gene_tables": [write_table(folder)], "responses": {"k562": write_other_screen(folder)}}
+
+
+def centred_unit(values: np.ndarray) -> np.ndarray:
+    values = values - values.mean(axis=0)
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def test_every_kind_of_source_becomes_codes_centred_over_the_genes_it_covers(screen):
+    pairs = screen.build(more=more_sources(screen.folder), coexpression=True)
+    assert list(pairs.codes) == ["coexpression", "features", "net", "responses_k562"]
+    covers = {
+        "net": SINGLES,
+        "features": SINGLES[:6],
+        "responses_k562": SINGLES[2:8],
+        "coexpression": SINGLES,
+    }
+    for name, genes in covers.items():
+        rows = np.isin(pairs.perturbed_genes, genes)
+        assert not pairs.codes[name][~rows].any()
+        np.testing.assert_allclose(np.linalg.norm(pairs.codes[name][rows], axis=1), 1, atol=1e-5)
+        assert pairs.codes[name].shape[1] <= 6
+    sources = {
+        "features": gene_table_source("features", read_gene_table(screen.folder / "features.tsv")),
+        "responses_k562": response_source("k562", screen.folder / "other.h5ad"),
+    }
+    for name, source in sources.items():
+        expected = centred_unit(source.codes(covers[name], 6).values)
+        rows = np.isin(pairs.perturbed_genes, covers[name])
+        np.testing.assert_allclose(pairs.codes[name][rows], expected, atol=1e-5)
+
+
+def test_the_coverage_names_sources_and_consequences(screen):
+    screen.build(more=more_sources(screen.folder))
+    table = screen.coverage.set_index("gene")
+    assert list(table.columns) == ["n_sources", "net", "features", "responses_k562", "consequence"]
+    assert table.loc["G0"].tolist() == [2, 1, 1, 0, "coded by prior sources"]
+    assert table.loc["G8"].tolist() == [1, 1, 0, 0, "coded by prior sources"]
+    trained = "OUTSIDE" in labels_in(screen.table, TRAIN)
+    words = "known from its own training cells alone" if trained else (
+        "predicted as an average unseen gene, never as control"
+    )  # fmt: skip
+    assert table.loc["OUTSIDE"].tolist() == [0, 0, 0, 0, words]
+
+
+def test_coexpression_sees_training_cells_alone(screen):
+    before = screen.build(coexpression=True).codes["coexpression"]
+    original = screen.X.copy()
+    screen.X[screen.cells_in(VAL, TEST)] = 7.5
+    screen.write()
+    np.testing.assert_array_equal(
+        screen.build("held_out.h5", coexpression=True).codes["coexpression"], before
+    )
+    screen.X = original
+    screen.X[np.flatnonzero(screen.cells_in(TRAIN))[::2], :4] += 5
+    screen.write()
+    after = screen.build("training.h5", coexpression=True).codes["coexpression"]
+    assert np.abs(after @ after.T - before @ before.T).max() > 0.1
+
+
+def test_a_screen_cannot_inform_itself(screen):
+    with pytest.raises(InputError, match=r"the screen itself.*must not predict itself"):
+        screen.build(more={"responses": {"twin": screen.folder / "." / "cells.h5ad"}})
+
+
+@pytest.mark.parametrize(
+    ("requests", "others"),
+    [
+        (["NEW1", "G0+NEW3", "NOBODY", "G4"], ["NEW1", "NEW3"]),
+        ("all", ["NEW1", "NEW2", "NEW3"]),
+        ((), []),
+    ],
+)
+def test_genes_asked_for_get_codes_and_change_none_of_the_screen(screen, requests, others):
+    more = more_sources(screen.folder)
+    before = screen.build(more=more)
+    after = screen.build("asked.h5", more={**more, "requests": requests})
+    n = len(before.perturbed_genes)
+    assert after.perturbed_genes == (*before.perturbed_genes, *others)
+    assert after.labels == before.labels
+    np.testing.assert_array_equal(after.membership[:, :n], before.membership)
+    assert not after.membership[:, n:].any()
+    for name, values in before.codes.items():
+        np.testing.assert_array_equal(after.codes[name][:n], values)
+    covers = {"features": {"NEW1", "NEW2"}, "responses_k562": {"NEW3"}, "net": set()}
+    for name, genes in covers.items():
+        coded = [gene for gene, row in zip(others, after.codes[name][n:], strict=True) if row.any()]
+        assert coded == [gene for gene in others if gene in genes]
+    # Coverage is about the genes that the screen perturbs.
+    assert screen.coverage["gene"].tolist() == list(before.perturbed_genes)
+
+
+def test_type_and_dose_of_a_label_come_from_the_design_of_the_screen(screen):
+    kinds = np.where(screen.labels == "G1", "CRISPRa", "CRISPRi").astype(object)
+    g2 = np.flatnonzero(screen.labels == "G2")
+    kinds[g2[:5]], kinds[g2[5:]] = "CRISPRa", "CRISPRko"
+    dose = np.where(screen.labels == "G3", 0.25, np.nan)
+    dose[g2] = np.arange(12) ** 2
+    screen.write(perturbation_type=kinds, dose=dose)
+    pairs = screen.build()
+    kind = {label: pairs.types[code] for label, code in zip(pairs.labels, pairs.type_code, strict=True)}
+    assert pairs.types == ("CRISPRa", "CRISPRi", "CRISPRko")
+    assert kind == dict.fromkeys(LABELS, "CRISPRi") | {"G1": "CRISPRa", "G2": "CRISPRko"}
+    assert pairs.type_code.dtype == np.int32 and pairs.dose.dtype == np.float32
+    doses = dict(zip(pairs.labels, pairs.dose.tolist(), strict=True))
+    assert doses == dict.fromkeys(LABELS, 1.0) | {"G2": 30.5, "G3": 0.25}
+    assert any(group == TEST for group in pairs.sets)
+
+
+def test_a_screen_without_type_and_dose_has_one_unknown_type_and_dose_1(built):
+    _, pairs = built
+    assert pairs.types == ("unknown",) and not pairs.type_code.any()
+    assert (pairs.dose == 1).all() and len(pairs.dose) == len(pairs.labels)
+
+
+def test_pairs_of_another_format_are_refused(built, tmp_path):
+    screen, _ = built
+    shutil.copy(screen.folder / "pairs.h5", tmp_path / "old.h5")
+    with h5py.File(tmp_path / "old.h5", "r+") as file:
+        file.attrs["format_version"] = 1
+    with pytest.raises(
+        InputError, match=r"old\.h5: found format version 1; expected 2.*rerun the pair stage"
+    ):
+        read_pairs(tmp_path / "old.h5")
+
+
+def test_without_a_split_all_cells_are_training(screen):
+    screen.split = screen.folder / "none.tsv"
+    table = freeze_split(screen.cells, screen.split, "made", "none", 0, SETTINGS)
+    assert set(table[SET]) == {TRAIN} and table["perturbation"].tolist() == sorted(LABELS)
+    pairs = screen.build()
+    assert pairs.cell_names == tuple(screen.names)
+    assert pairs.n_cells.tolist() == [12] * len(LABELS)
+    assert len(trainable_labels(pairs)) == len(LABELS) and not len(validation_labels(pairs))
+    info = json.loads(screen.split.with_suffix(".json").read_text(encoding="utf-8"))
+    assert {key: info[key] for key in ("scheme", "n_folds", "n_train", "n_val", "n_test")} == {
+        "scheme": "none",
+        "n_folds": 1,
+        "n_train": len(LABELS),
+        "n_val": 0,
+        "n_test": 0,
+    }
 
 
 def test_the_frozen_folds_of_a_screen_test_every_perturbation_once(screen):

@@ -7,17 +7,24 @@ import gzip
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.preprocessing import StandardScaler
 
+from biojepa import priors
 from biojepa.errors import InputError
 from biojepa.gene_sets import read_gene_sets
 from biojepa.priors import (
-    GeneCodes,
     coverage,
     gene_set_codes,
+    gene_set_source,
+    gene_table_source,
     network_codes,
+    network_source,
+    read_gene_table,
     read_network,
     read_priors,
+    read_sources,
     require_coverage,
 )
 
@@ -182,24 +189,33 @@ def test_bad_gene_sets_are_refused_with_the_line(tmp_path):
         read_gene_sets(path)
 
 
-def test_coverage_counts_by_hand():
-    sources = [
-        GeneCodes("net", ("A", "B"), np.eye(2, dtype=np.float32)),
-        GeneCodes("sets", ("C",), np.ones((1, 1), dtype=np.float32)),
+def test_coverage_says_which_source_covers_a_gene_and_what_follows():
+    codes = {
+        "net": np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]),
+        "sets": np.array([[-1.0], [0.0], [0.0], [0.0]]),
+    }
+    table = coverage(codes, ["A", "B", "C", "D"], trained={"A", "C"})
+    assert list(table.columns) == ["gene", "n_sources", "net", "sets", "consequence"]
+    assert table.to_numpy().tolist() == [
+        ["A", 2, 1, 1, "coded by prior sources"],
+        ["B", 1, 1, 0, "coded by prior sources"],
+        ["C", 0, 0, 0, "known from its own training cells alone"],
+        ["D", 0, 0, 0, "predicted as an average unseen gene, never as control"],
     ]
-    table = coverage(sources, ["A", "B", "C", "D"])
-    assert table.to_numpy().tolist() == [["net", 4, 2, 0.5, "C;D"], ["sets", 4, 1, 0.25, "A;B;D"]]
+    none = coverage({}, ["A"], trained=set())
+    assert none.to_numpy().tolist() == [["A", 0, "predicted as an average unseen gene, never as control"]]
 
 
 def test_a_source_that_covers_no_perturbed_gene_is_refused_and_named():
-    good = GeneCodes("good", ("A",), np.ones((1, 1), dtype=np.float32))
-    empty = network_codes(
-        "mouse", pd.DataFrame({"gene_a": ["Klf1"], "gene_b": ["Gata1"], "weight": [1.0]}), ["KLF1"]
+    edges = pd.DataFrame({"gene_a": ["Klf1"], "gene_b": ["Gata1"], "weight": [1.0]})
+    mouse = network_source("mouse", edges, where="mouse.tsv")
+    require_coverage([gene_set_source("good", {"S": ["KLF1"]})], ["KLF1", "MYC"])
+    expected = (
+        r"mouse\.tsv: found genes such as Gata1, Klf1, none of the 2 perturbed genes.*KLF1, MYC"
+        r".*same gene symbols and species, or take it out of the dataset's row"
     )
-    require_coverage([good], ["A", "B"], ["good.tsv"])
-    expected = r"mouse\.tsv.*none of the 2 perturbed genes.*KLF1, MYC.*same gene symbols"
     with pytest.raises(InputError, match=expected):
-        require_coverage([empty], ["KLF1", "MYC"], ["mouse.tsv"])
+        require_coverage([mouse], ["KLF1", "MYC"])
 
 
 def write_sources(folder):
@@ -220,4 +236,112 @@ def test_two_files_that_would_share_a_name_are_refused(tmp_path):
     other = tmp_path / "string.physical.tsv"
     other.write_bytes(network.read_bytes())
     with pytest.raises(InputError, match=r"string\.physical\.tsv.*'string'.*rename"):
-        read_priors([network, other], [], NODES)
+        read_sources([network, other])
+
+
+TABLE_GENES = [f"G{i:02d}" for i in range(30)]
+
+
+def feature_table() -> pd.DataFrame:
+    """30 genes, 12 correlated features whose units differ, one constant."""
+    rng = np.random.default_rng(4)
+    values = rng.standard_normal((30, 5)) @ rng.standard_normal((5, 12)) + 0.1 * rng.standard_normal((30, 12))
+    values = values * rng.uniform(0.01, 1000, 12) + rng.uniform(-50, 50, 12)
+    table = pd.DataFrame(values, index=TABLE_GENES, columns=[f"f{i}" for i in range(12)])
+    return table.assign(f3=7.0)
+
+
+def unit(values: np.ndarray) -> np.ndarray:
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("dim", [3, 64])
+def test_codes_of_a_gene_table_are_principal_components_of_its_standardized_columns(dim):
+    table, screen, others = feature_table(), TABLE_GENES[:20], TABLE_GENES[20:]
+    codes = gene_table_source("esm", table).codes([*screen, "STRANGER"], dim, others)
+    assert codes.genes == tuple(TABLE_GENES)
+    varying = table.drop(columns="f3")
+    scaler = StandardScaler().fit(varying.loc[screen])
+    pca = PCA(min(dim, 11), svd_solver="full").fit(scaler.transform(varying.loc[screen]))
+    # Genes outside the screen take part in neither centre, scale nor directions.
+    expected = unit(pca.transform(scaler.transform(varying)))
+    assert codes.values.shape == expected.shape
+    signs = np.sign((codes.values * expected).sum(axis=0))
+    np.testing.assert_allclose(codes.values, expected * signs, atol=1e-5)
+
+
+def sources_of_all_kinds():
+    sets = {f"S{i}": [f"N{i}", f"N{(i + 3) % 10}", "Q0"] for i in range(10)}
+    rng = np.random.default_rng(1)
+    table = pd.DataFrame(rng.standard_normal((len(NODES), 6)), index=NODES)
+    return [network_source("net", EDGES), gene_set_source("sets", sets), gene_table_source("table", table)]
+
+
+@pytest.mark.parametrize("source", sources_of_all_kinds(), ids=lambda source: source.name)
+def test_other_genes_are_projected_and_change_no_code_of_the_screen(source, monkeypatch):
+    screen, others = ["N0", "N1", "N2", "N3", "N4"], ["N7", "N9", "N3", "Q0", "STRANGER"]
+    alone = source.codes(screen, 4)
+    together = source.codes(screen, 4, others)
+    # Q0 is in another component of the network than any gene of the screen, which says nothing of it.
+    found = ["N7", "N9"] if source.name == "net" else ["N7", "N9", "Q0"]
+    assert together.genes == (*screen, *found)
+    np.testing.assert_array_equal(together.values[:5], alone.values)
+    np.testing.assert_allclose(np.linalg.norm(together.values, axis=1), 1, atol=1e-6)
+    # What is projected is the part of the features that lies in the directions of the screen's genes.
+    features = source.features(screen)
+    centre = features.mean(axis=0) if source.centred else 0.0
+    scale = features.std(axis=0) if source.standardized else 1.0
+    *_, right = np.linalg.svd((features - centre) / scale, full_matrices=False)
+    expected = unit((source.features(found) - centre) / scale @ right[:4].T)
+    both = unit((features - centre) / scale @ right[:4].T)
+    np.testing.assert_allclose(together.values[5:] @ alone.values.T, expected @ both.T, atol=1e-5)
+    monkeypatch.setattr(priors, "PROJECTED_AT_A_TIME", 1)
+    np.testing.assert_allclose(source.codes(screen, 4, others).values, together.values, atol=1e-6)
+
+
+def test_a_gene_of_the_screen_gets_the_same_code_when_it_is_projected():
+    # With all directions kept, projecting a gene gives what fitting with it gives.
+    source = network_source("net", EDGES)
+    fitted = source.codes(NODES, 64)
+    projected = source.codes(NODES, 64, NODES)
+    np.testing.assert_array_equal(projected.values, fitted.values)
+    direct = unit(
+        source.features(["N6"]) @ np.linalg.svd(source.features(NODES))[2][: fitted.values.shape[1]].T
+    )
+    row = fitted.values[NODES.index("N6")]
+    np.testing.assert_allclose(np.abs(row), np.abs(direct[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("t.tsv", "gene\ta\tb\nNA\t1\t2.5\n1e5\t-3\t4\n"), ("t.csv", "gene,a,b\nNA,1,2.5\n1e5,-3,4\n")],
+)
+def test_gene_tables_are_read_by_value_with_symbols_that_look_like_other_things(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with gzip.open(tmp_path / f"{name}.gz", "wt") as file:
+        file.write(content)
+    for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+        table = read_gene_table(path)
+        assert table.index.tolist() == ["NA", "1e5"] and table.columns.tolist() == ["a", "b"]
+        assert table.to_numpy().tolist() == [[1.0, 2.5], [-3.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("gene\ta\nA\t1\nB\thigh\n", ["line 3 (gene B), column a", "'high'", "a finite number"]),
+        ("gene\ta\tb\nA\t1\t2\nB\t3\t\n", ["line 3 (gene B), column b", "''", "leave out genes"]),
+        ("gene\ta\nA\tNaN\n", ["line 2 (gene A), column a", "a finite number"]),
+        ("gene\ta\nA\tinf\n", ["line 2 (gene A), column a", "a finite number"]),
+        ("gene\ta\nA\t1\nB\t2\nA\t3\n", ["line 4, column gene", "gene A a second time", "one row per gene"]),
+        ("gene\ta\n\t1\n", ["line 2", "an empty gene"]),
+        ("gene,a\nA,1\n", ["1 column(s) and 1 row(s)", "separate columns by tabs"]),
+    ],
+)
+def test_a_bad_gene_table_is_refused_with_row_and_column(tmp_path, content, parts):
+    path = tmp_path / "features.tsv"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        read_gene_table(path)
+    for part in [str(path), *parts]:
+        assert part in str(caught.value)

@@ -14,6 +14,7 @@ from biojepa.splits import (
     LeakageError,
     categorize,
     labels_in,
+    no_split,
     read_split,
     refuse_held_out,
     split_perturbations,
@@ -41,6 +42,18 @@ def test_every_fold_puts_every_perturbation_into_exactly_one_set(n_folds):
         sizes = [len(labels_in(table, name)) for name in (TRAIN, VAL, TEST)]
         assert sum(sizes) == len(LABELS)
         assert sizes[0] >= 2 and sizes[1] >= 1 and sizes[2] >= 1
+
+
+def test_without_a_split_everything_is_training_and_nothing_has_a_category():
+    table = no_split(["B", "A+B", "control", "A"])
+    assert table.to_numpy().tolist() == [
+        ["A", TRAIN, "", 1],
+        ["A+B", TRAIN, "", 2],
+        ["B", TRAIN, "", 1],
+    ]
+    assert list(table.columns) == [PERTURBATION, SET, CATEGORY, "n_genes_seen"]
+    with pytest.raises(ValueError, match="at least one is needed"):
+        no_split(["control"])
 
 
 def test_sizes_follow_the_number_of_folds_and_the_validation_share():

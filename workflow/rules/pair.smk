@@ -28,8 +28,12 @@ rule pair:
         info="results/{dataset}/{split}/fold{fold}/pair/split.json",
         networks=get_networks,
         gene_sets=get_gene_sets,
+        gene_tables=get_gene_tables,
+        responses=get_responses,
+        requests=get_request_file,
     output:
         pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
+        coverage="results/{dataset}/{split}/fold{fold}/pair/coverage.tsv",
     log:
         "logs/{dataset}/{split}/fold{fold}/pair/pairs.log",
     benchmark:
@@ -39,6 +43,8 @@ rule pair:
     threads: 1
     params:
         settings=settings_of("pair"),
+        responses=lambda wildcards: CONFIG.source(wildcards.dataset).responses,
+        predict=lambda wildcards: requests_of(wildcards.split),
         library=library("pair"),
     script:
         "../scripts/pair.py"

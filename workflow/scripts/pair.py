@@ -1,7 +1,8 @@
 """Collect what training may see of a fold: no cell of a test perturbation.
 
 Genes are chosen on training cells; every perturbed cell is paired with controls of its batch; the
-codes of all perturbed genes, the held-out ones too, come from side information alone.
+codes of all perturbed genes, the held-out ones too, come from side information alone (and, with
+co-expression, from training cells). Beside the pairs lies a table of which source covers which gene.
 """
 
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
-from biojepa.files import sha256_of
+from biojepa.files import sha256_of, write_tsv
 from biojepa.logs import log_to
 from biojepa.pairing import PairSettings, build_pairs
+from biojepa.prediction_requests import read_requests
 
 if __name__ == "__main__":
     with log_to(snakemake.log[0]):
@@ -23,7 +25,8 @@ if __name__ == "__main__":
             "seed": snakemake.params.settings["seed"],
             "split_sha256": sha256_of(snakemake.input.split),
         }
-        build_pairs(
+        others = dict(zip(snakemake.params.responses, snakemake.input.get("responses", []), strict=True))
+        coverage = build_pairs(
             snakemake.input.cells,
             snakemake.input.split,
             snakemake.output.pairs,
@@ -31,4 +34,8 @@ if __name__ == "__main__":
             snakemake.input.get("gene_sets", []),
             PairSettings(**snakemake.params.settings),
             facts,
+            gene_tables=snakemake.input.get("gene_tables", []),
+            responses=others,
+            requests=read_requests(snakemake.params.predict),
         )
+        write_tsv(coverage, snakemake.output.coverage)

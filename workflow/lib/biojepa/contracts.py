@@ -59,6 +59,8 @@ TRAIN, VAL, TEST = "train", "val", "test"
 SETS = (TRAIN, VAL, TEST)
 CATEGORY = "category"
 SPLIT_COLUMNS = (PERTURBATION, SET, CATEGORY, "n_genes_seen")
+# The scheme that holds nothing out, for a model that is applied to new perturbations.
+NO_SPLIT = "none"
 CATEGORIES = ("combo_seen2", "combo_seen1", "combo_seen0", "single_in_combo", "single")
 
 # --- embed/embeddings.h5ad, embed/predictions.h5ad ----------------------------------------------
@@ -68,6 +70,35 @@ N_CELLS = "n_cells"
 PREDICTIONS_OBS = (PERTURBATION, CONTEXT, SET, N_CELLS)
 SD_LAYER = "sd"
 Z_PRED, Z_TRUE = "z_pred", "z_true"
+
+# --- predict/predictions.tsv --------------------------------------------------------------------
+PREDICTED_COLUMNS = (
+    "rank",
+    PERTURBATION,
+    CATEGORY,
+    "effect_size",
+    "effect_size_sd",
+    "top_up",
+    "top_down",
+    "nearest_training_gene",
+    "nearest_similarity",
+    "nearest_distance",
+    "prior_coverage",
+    "prior_sources",
+    "heldout_accuracy",
+    "heldout_n",
+    "baseline",
+    "baseline_accuracy",
+    "gain",
+    "gain_ci_low",
+    "gain_ci_high",
+    "uninformed_baseline",
+    "uninformed_gain",
+    "uninformed_gain_ci_low",
+    "uninformed_gain_ci_high",
+    "abstain",
+    "trust",
+)
 
 # --- evaluate/*.tsv -----------------------------------------------------------------------------
 WHOLE_MODEL = "*"

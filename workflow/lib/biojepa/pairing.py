@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +12,38 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem
 
-from biojepa.contracts import BATCH, CONTROL, LIBRARY_SIZE, PERTURBATION, TEST, TRAIN, VAL
+from biojepa.coexpression import coexpression_source
+from biojepa.contracts import (
+    BATCH,
+    CONTROL,
+    DOSE,
+    LIBRARY_SIZE,
+    NO_SPLIT,
+    PERTURBATION,
+    PERTURBATION_TYPE,
+    TEST,
+    TRAIN,
+    VAL,
+)
 from biojepa.errors import InputError
 from biojepa.files import atomic_path
 from biojepa.pairs import CONTROL_CODE, gene_moments, match_controls, select_genes, write_pairs
-from biojepa.priors import GeneCodes, coverage, read_priors, require_coverage
+from biojepa.prediction_requests import ALL
+from biojepa.priors import (
+    AVERAGE,
+    GeneCodes,
+    PriorSource,
+    coverage,
+    read_sources,
+    require_coverage,
+    require_names,
+)
+from biojepa.responses import response_source
 from biojepa.splits import (
     MIN_PERTURBATIONS,
     genes_of,
     labels_in,
+    no_split,
     read_split,
     refuse_held_out,
     split_perturbations,
@@ -28,6 +51,7 @@ from biojepa.splits import (
 )
 
 log = logging.getLogger(__name__)
+UNKNOWN_TYPE = "unknown"
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,8 @@ class PairSettings:
         Dimensions at most of the codes of each prior source.
     restart
         Restart probability of the random walk on a network.
+    coexpression
+        Whether co-expression of genes in training cells is a prior source too.
     """
 
     n_folds: int = 5
@@ -56,12 +82,15 @@ class PairSettings:
     n_genes: int = 5000
     prior_dim: int = 64
     restart: float = 0.2
+    coexpression: bool = False
 
 
 def freeze_split(
     cells_path: str | Path, path: str | Path, dataset: str, scheme: str, fold: int, settings: PairSettings
 ) -> pd.DataFrame:
     """Write ``split.tsv`` and ``split.json`` of one fold, and return the table.
+
+    The scheme ``none`` has one fold, 0, in which everything is training.
 
     Raises
     ------
@@ -70,23 +99,21 @@ def freeze_split(
     """
     with h5py.File(cells_path, "r") as file:
         labels = read_elem(file["obs"])[PERTURBATION].astype(str).unique()
-    n = len(set(labels) - {CONTROL})
-    if n < max(MIN_PERTURBATIONS, settings.n_folds):
+    n, n_folds = len(set(labels) - {CONTROL}), 1 if scheme == NO_SPLIT else settings.n_folds
+    needed = 1 if scheme == NO_SPLIT else max(MIN_PERTURBATIONS, n_folds)
+    if n < needed:
         raise InputError(
             cells_path,
             f"{n} perturbation(s) after quality control",
-            f"at least {max(MIN_PERTURBATIONS, settings.n_folds)} for {settings.n_folds} folds",
+            f"at least {needed} for {n_folds} fold(s)",
             "lower preprocess.min_cells_per_perturbation or pair.n_folds; qc.tsv says what was removed",
         )
-    tables = split_perturbations(labels, settings.n_folds, settings.validation_share, settings.seed)
+    if scheme == NO_SPLIT:
+        tables = [no_split(labels)]
+    else:
+        tables = split_perturbations(labels, n_folds, settings.validation_share, settings.seed)
     write_split(
-        tables[fold],
-        path,
-        dataset=dataset,
-        scheme=scheme,
-        fold=fold,
-        n_folds=settings.n_folds,
-        seed=settings.seed,
+        tables[fold], path, dataset=dataset, scheme=scheme, fold=fold, n_folds=n_folds, seed=settings.seed
     )
     return tables[fold]
 
@@ -99,6 +126,9 @@ def build_pairs(
     gene_sets: Sequence[str | Path],
     settings: PairSettings,
     facts: dict[str, object],
+    gene_tables: Sequence[str | Path] = (),
+    responses: Mapping[str, str | Path] | None = None,
+    requests: Sequence[str] | str = (),
 ) -> pd.DataFrame:
     """Write ``pairs.h5`` of one fold.
 
@@ -112,10 +142,17 @@ def build_pairs(
         Files of prior knowledge.
     settings, facts
         Settings, and attributes to store.
+    gene_tables
+        Tables of gene features, prior knowledge too.
+    responses
+        Other screens, name to ``cells.h5ad``, whose responses are prior knowledge for this one.
+    requests
+        Perturbations outside the screen that will be predicted, or ``all``: those of their genes that a
+        source knows get codes as well. No code of a gene of the screen depends on them.
 
     Returns
     -------
-    How well each prior source covers the perturbed genes, see :func:`~biojepa.priors.coverage`.
+    Which prior source covers which perturbed gene, see :func:`~biojepa.priors.coverage`.
 
     Raises
     ------
@@ -126,12 +163,16 @@ def build_pairs(
     """
     split = read_split(split_path)
     genes = sorted({gene for label in split[PERTURBATION] for gene in genes_of(label)})
-    sources = read_priors(networks, gene_sets, genes, settings.prior_dim, settings.restart)
-    require_coverage(sources, genes, [*networks, *gene_sets])
-    covered = coverage(sources, genes)
-    for row in covered.itertuples():
-        log.info("prior %s covers %d of %d perturbed genes", row.source, row.n_covered, row.n_genes)
-
+    sources = read_sources(networks, gene_sets, gene_tables, settings.restart)
+    for name, cells in (responses or {}).items():
+        if Path(cells).resolve() == Path(cells_path).resolve():
+            raise InputError(
+                cells,
+                "the screen itself among the screens whose responses are prior knowledge",
+                "another screen",
+                "a screen must not predict itself; take it out of the column responses",
+            )
+        sources.append(response_source(name, cells))
     with h5py.File(cells_path, "r") as file:
         obs = read_elem(file["obs"])
         names = np.asarray(read_elem(file["var"]).index, dtype=str)
@@ -145,6 +186,18 @@ def build_pairs(
         refuse_held_out(label[training], split, (TRAIN,), "gene selection")
         refuse_held_out(label[keep], split, (TRAIN, VAL), "pairs.h5")
 
+        if settings.coexpression:
+            sources.append(
+                coexpression_source(file["X"], names.tolist(), training, settings.prior_dim, cells_path)
+            )
+        require_names(sources)
+        require_coverage(sources, genes)
+        others = _others(requests, sources, genes)
+        codes = {
+            source.name: _rows(source.codes(genes, settings.prior_dim, others), genes, others)
+            for source in sources
+        }
+        types, design = _design(obs, split[PERTURBATION].tolist())
         mean, variance = gene_moments(file["X"], training, len(names))
         columns = select_genes(mean, variance, settings.n_genes, np.isin(names, genes))
         position = {CONTROL: CONTROL_CODE} | {name: code for code, name in enumerate(split[PERTURBATION])}
@@ -171,6 +224,7 @@ def build_pairs(
                     "log_library_size": np.log(obs.loc[keep, LIBRARY_SIZE].to_numpy(np.float32)),
                     "partner": partner,
                 },
+                design=design,
                 names={
                     "genes": names[columns],
                     "cell_names": obs.index[keep].to_numpy(str),
@@ -178,9 +232,10 @@ def build_pairs(
                     "labels": split[PERTURBATION].tolist(),
                     "sets": split["set"].tolist(),
                     "categories": split["category"].tolist(),
-                    "perturbed_genes": genes,
+                    "types": types,
+                    "perturbed_genes": [*genes, *others],
                 },
-                codes={source.name: _rows(source, genes) for source in sources},
+                codes=codes,
                 facts=facts,
             )
     log.info(
@@ -191,20 +246,56 @@ def build_pairs(
         len(columns),
         len(labels_in(split, TEST)),
     )
+    trained = {gene for name in labels_in(split, TRAIN) for gene in genes_of(name)}
+    covered = coverage({name: values[: len(genes)] for name, values in codes.items()}, genes, trained)
+    for name in codes:
+        log.info("prior %s covers %d of %d perturbed genes", name, covered[name].sum(), len(genes))
+    unknown = covered.loc[covered["consequence"] == AVERAGE, "gene"]
+    if len(unknown):
+        log.warning(
+            "no prior source covers %d held-out gene(s), %s: %s", len(unknown), AVERAGE, ", ".join(unknown)
+        )
     return covered
 
 
-def _rows(source: GeneCodes, genes: Sequence[str]) -> np.ndarray:
-    """Centred codes of ``genes`` in their order, of unit length, zero where not covered.
+def _others(requests: Sequence[str] | str, sources: Sequence[PriorSource], genes: Sequence[str]) -> list[str]:
+    """List the genes that are asked for, that a source knows and that are none of the screen's, sorted."""
+    known = frozenset[str]().union(*(source.known for source in sources))
+    asked = known if requests == ALL else {gene for label in requests for gene in genes_of(label)}
+    return sorted((asked & known) - set(genes))
 
-    What all genes share says nothing about one of them, and would be shrunken away anyway.
+
+def _design(obs: pd.DataFrame, labels: Sequence[str]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Take type and dose of every label from the screen's design, which is known before any cell is measured.
+
+    The most common type of a label's cells (the first of them in the alphabet when tied), and their
+    median dose, 1 where none is given.
+    """
+    kind = obs[PERTURBATION_TYPE].astype(str).to_numpy() if PERTURBATION_TYPE in obs else UNKNOWN_TYPE
+    given = pd.to_numeric(obs[DOSE]).to_numpy(float) if DOSE in obs else np.nan
+    cells = pd.DataFrame({"label": obs[PERTURBATION].astype(str).to_numpy(), "type": kind, "dose": given})
+    rows = pd.Index(labels)
+    common = pd.crosstab(cells["label"], cells["type"]).idxmax(axis=1).reindex(rows).astype(str)
+    types = sorted(set(common.tolist()))
+    dose = cells.groupby("label")["dose"].median().reindex(rows).fillna(1.0)
+    code = np.array([types.index(name) for name in common], dtype=np.int32)
+    return types, {"type_code": code, "dose": dose.to_numpy(np.float32)}
+
+
+def _rows(source: GeneCodes, genes: Sequence[str], others: Sequence[str] = ()) -> np.ndarray:
+    """Centred codes of ``genes``, then of ``others``, of unit length, zero where not covered.
+
+    What all genes share says nothing about one of them, and would be shrunken away anyway. The centre
+    is that of ``genes``, the screen's, alone.
     """
     position = {gene: row for row, gene in enumerate(source.genes)}
-    known = np.array([gene in position for gene in genes])
-    values = np.zeros((len(genes), source.values.shape[1]), dtype=np.float32)
-    values[known] = source.values[[position[gene] for gene in genes if gene in position]]
-    if known.sum() > 1:
-        values[known] -= values[known].mean(axis=0)
+    wanted = [*genes, *others]
+    known = np.array([gene in position for gene in wanted])
+    values = np.zeros((len(wanted), source.values.shape[1]), dtype=np.float32)
+    values[known] = source.values[[position[gene] for gene in wanted if gene in position]]
+    of_screen = np.flatnonzero(known[: len(genes)])
+    if len(of_screen) > 1:
+        values[known] -= values[of_screen].mean(axis=0)
     norms = np.linalg.norm(values, axis=1, keepdims=True)
     # A gene that the source cannot tell from the average is left at zero: rounding is no code.
     return np.where(norms > 1e-5, values / np.maximum(norms, 1e-5), 0).astype(np.float32)

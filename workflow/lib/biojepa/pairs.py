@@ -16,11 +16,12 @@ import h5py
 import numpy as np
 
 from biojepa.contracts import CONTROL, GENE_SEPARATOR, TEST, TRAIN, VAL
+from biojepa.errors import InputError
 from biojepa.splits import LeakageError
 
 CONTROL_CODE = -1
 BLOCK = 4096
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,14 @@ class Pairs:
         ``(cells,)`` a control cell of the same batch for each cell; controls point to another control.
     labels, sets, categories
         All perturbations, test included, in the order of ``split.tsv``.
+    types, type_code
+        Types of perturbation in the screen, such as CRISPRi, and ``(labels,)`` the position of each
+        label's in them. Like the labels, it is the design of the screen and no outcome.
+    dose
+        ``(labels,)`` float32, 1 where the screen gives none.
     perturbed_genes
-        Genes of all labels, sorted.
+        Genes of all labels, sorted; in a fold made for prediction, then the other genes that were asked
+        for, sorted.
     codes
         Source name to ``(perturbed genes, dim)``, zero rows where a source does not cover the gene.
     n_cells
@@ -66,6 +73,9 @@ class Pairs:
     labels: tuple[str, ...]
     sets: tuple[str, ...]
     categories: tuple[str, ...]
+    types: tuple[str, ...]
+    type_code: np.ndarray
+    dose: np.ndarray
     perturbed_genes: tuple[str, ...]
     codes: Mapping[str, np.ndarray]
     facts: Mapping[str, object]
@@ -236,6 +246,7 @@ def write_pairs(
     keep: np.ndarray,
     columns: np.ndarray,
     tables: Mapping[str, np.ndarray],
+    design: Mapping[str, np.ndarray],
     names: Mapping[str, Sequence[str]],
     codes: Mapping[str, np.ndarray],
     facts: Mapping[str, object],
@@ -254,8 +265,11 @@ def write_pairs(
         Positions of the chosen genes.
     tables
         ``perturbation``, ``batch``, ``log_library_size``, ``partner`` for the kept cells.
+    design
+        ``type_code`` and ``dose`` of the labels.
     names
-        ``genes``, ``cell_names``, ``batches``, ``labels``, ``sets``, ``categories``, ``perturbed_genes``.
+        ``genes``, ``cell_names``, ``batches``, ``labels``, ``sets``, ``categories``, ``types``,
+        ``perturbed_genes``.
     codes, facts
         As in :class:`Pairs`.
     """
@@ -280,6 +294,8 @@ def write_pairs(
         cells["indptr"] = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
         for key, values in tables.items():
             cells[key] = values
+        for key, values in design.items():
+            file[f"design/{key}"] = values
         text = h5py.string_dtype()
         for key, values in names.items():
             file.create_dataset(f"names/{key}", data=np.array(values, dtype=object), dtype=text)
@@ -288,13 +304,27 @@ def write_pairs(
 
 
 def read_pairs(path: str | Path) -> Pairs:
-    """Read ``pairs.h5`` whole."""
+    """Read ``pairs.h5`` whole.
+
+    Raises
+    ------
+    InputError
+        When the file was written in another format.
+    """
     with h5py.File(path, "r") as file:
+        facts = {key: value.item() if hasattr(value, "item") else value for key, value in file.attrs.items()}
+        if facts.get("format_version") != FORMAT_VERSION:
+            raise InputError(
+                path,
+                f"format version {facts.get('format_version')}",
+                str(FORMAT_VERSION),
+                "rerun the pair stage",
+            )
         names: dict[str, Any] = {key: tuple(values.asstr()[:]) for key, values in file["names"].items()}
         cells = {key: values[:] for key, values in file["cells"].items()}
+        design = {key: values[:] for key, values in file["design"].items()}
         codes = {key: values[:] for key, values in file["codes"].items()} if "codes" in file else {}
-        facts = {key: value.item() if hasattr(value, "item") else value for key, value in file.attrs.items()}
-    return Pairs(**names, **cells, codes=codes, facts=facts)
+    return Pairs(**names, **cells, **design, codes=codes, facts=facts)
 
 
 def refuse_leaked_pairs(pairs: Pairs) -> None:

@@ -92,6 +92,42 @@ def write_predictions(
         predictions.write_h5ad(temporary)
 
 
+def write_requested(
+    path: str | Path,
+    table: pd.DataFrame,
+    genes: Sequence[str],
+    expression: np.ndarray,
+    sd: np.ndarray | None,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write what the config asked to predict.
+
+    Parameters
+    ----------
+    table
+        ``predictions.tsv``; its rows with a rank, those that were predicted, become ``obs``.
+    genes
+        Of the columns.
+    expression, sd
+        (ranked rows, genes) mean log-expression and its standard deviation, where there is one.
+    provenance
+        How it was made.
+    """
+    obs = table[table["rank"].notna()].copy()
+    if expression.shape != (len(obs), len(genes)):
+        raise ValueError(f"expression has shape {expression.shape}; expected {(len(obs), len(genes))}")
+    text = obs.select_dtypes(exclude=["number", "bool"]).columns
+    obs[text] = obs[text].fillna("").astype(str).astype("category")
+    obs = obs.astype({"rank": int, "heldout_n": float})
+    obs.index = pd.Index(obs[PERTURBATION].to_numpy(str))
+    content = ad.AnnData(expression.astype(np.float32), obs, pd.DataFrame(index=pd.Index(genes, name="gene")))
+    if sd is not None:
+        content.layers[SD_LAYER] = sd.astype(np.float32)
+    content.uns["provenance"] = json.dumps(dict(provenance), sort_keys=True)
+    with atomic_path(path) as temporary:
+        content.write_h5ad(temporary)
+
+
 def write_embeddings(
     path: str | Path, obs: pd.DataFrame, pooled: np.ndarray, provenance: Mapping[str, Any]
 ) -> None:

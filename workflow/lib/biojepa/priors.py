@@ -1,14 +1,21 @@
 """Turn side information on genes into codes, so that a gene nobody perturbed still has one.
 
-A *source* is one table of gene codes ``(genes, dim)``: the diffusion embedding of a network, or the
-membership in gene sets. Codes see no expression and no response, so computing them for held-out
-genes leaks nothing.
+A *source* is one table of gene codes ``(genes, dim)``: the diffusion embedding of a network, the
+membership in gene sets, a table of gene features that the user gives. None of them sees expression or
+a response of the screen, so computing codes of held-out genes leaks nothing. Two more sources come
+from cells and have modules of their own: :mod:`biojepa.responses`, the responses in another screen,
+and :mod:`biojepa.coexpression`, of training cells.
+
+The directions that codes are expressed in are those of the genes that the screen perturbs. Other
+genes are projected on them, a block at a time, so that the codes of the screen's genes do not depend
+on what else is asked for, and no matrix is larger than (screen's genes, features).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +27,10 @@ from biojepa.gene_sets import read_gene_sets
 
 EDGE_COLUMNS = (("gene_a", "gene_b"), ("tf", "target"), ("source", "target"))
 WEIGHT_COLUMNS = ("weight", "score")
+# Genes that are projected at a time. Random walks are fastest in blocks that fit the processor's cache.
+PROJECTED_AT_A_TIME = 64
+# Share of a gene's features, by length, that must lie in the screen's directions for it to have a code.
+SMALLEST_PROJECTION = 1e-3
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class GeneCodes:
     name
         Of the source, such as ``string``.
     genes
-        Gene symbols, sorted.
+        Gene symbols: those that the directions were found on, sorted, then the projected ones, sorted.
     values
         ``(genes, dim)``, float32, rows of unit length, so that products are cosines.
     """
@@ -44,6 +55,78 @@ class GeneCodes:
         """Return those of ``genes`` that have a code."""
         known = set(self.genes)
         return [gene for gene in genes if gene in known]
+
+
+@dataclass(frozen=True)
+class PriorSource:
+    """What one source knows of genes, before it is reduced to codes.
+
+    Attributes
+    ----------
+    name
+        Of the source.
+    known
+        Genes that it says something about.
+    features
+        Function from some of them to their features ``(genes, features)``, float.
+    where, remedy
+        File that it comes from, and how to do without it, for messages.
+    centred
+        Whether directions are those of the differences between genes (principal components), because
+        what the features share says nothing; else products of features are kept as they are.
+    standardized
+        Whether every feature is divided by its standard deviation first, because units may differ.
+    quick_features
+        ``features`` to single precision, for genes that are projected; None where that gains nothing.
+    """
+
+    name: str
+    known: frozenset[str]
+    features: Callable[[Sequence[str]], np.ndarray]
+    where: str | Path
+    centred: bool = False
+    standardized: bool = False
+    remedy: str = "take it out of the dataset's row"
+    quick_features: Callable[[Sequence[str]], np.ndarray] | None = None
+
+    def codes(self, genes: Sequence[str], dim: int = 64, others: Sequence[str] = ()) -> GeneCodes:
+        """Reduce the features to codes of at most ``dim`` dimensions.
+
+        Parameters
+        ----------
+        genes
+            Genes that the screen perturbs: centre, scale and directions are found on them.
+        others
+            Genes to be projected on the same directions; they change no code of ``genes``. One that lies
+            outside all of them, such as in another component of a network, gets no code: the source
+            cannot relate it to any gene of the screen.
+        """
+        wanted = sorted(set(genes) & self.known)
+        if not wanted:
+            return GeneCodes(self.name, (), np.zeros((0, 1), dtype=np.float32))
+        features = self.features(wanted)
+        centre, scale = np.zeros(features.shape[1]), np.ones(features.shape[1])
+        if self.centred:
+            centre = features.mean(axis=0)
+            features = features - centre
+        if self.standardized:
+            spread = features.std(axis=0)
+            scale = np.where(spread > 1e-12 * np.abs(features).max(initial=1e-300), spread, np.inf)
+            features = features / scale
+        left, singular, right = np.linalg.svd(features, full_matrices=False)
+        kept = max(1, min(dim, int((singular > 1e-6 * singular[0]).sum())))
+        signs = _signs(left[:, :kept])
+        blocks = [_unit_rows(left[:, :kept] * signs * singular[:kept])]
+        names, candidates = wanted, sorted((set(others) & self.known) - set(wanted))
+        for first in range(0, len(candidates), PROJECTED_AT_A_TIME):
+            genes_of_block = candidates[first : first + PROJECTED_AT_A_TIME]
+            block = ((self.quick_features or self.features)(genes_of_block) - centre) / scale
+            projected = block @ right[:kept].T * signs
+            length = np.linalg.norm(projected, axis=1)
+            related = np.flatnonzero(length > SMALLEST_PROJECTION * np.linalg.norm(block, axis=1))
+            names = [*names, *(genes_of_block[row] for row in related)]
+            blocks.append(_unit_rows(projected[related]))
+        return GeneCodes(self.name, tuple(names), np.concatenate(blocks))
 
 
 def read_network(path: str | Path) -> pd.DataFrame:
@@ -102,10 +185,10 @@ def _numbers(weight: pd.Series, path: str | Path) -> np.ndarray:
     return values
 
 
-def _fix_signs(vectors: np.ndarray) -> np.ndarray:
-    """Make the largest entry of every column positive: eigenvectors have no sign of their own."""
+def _signs(vectors: np.ndarray) -> np.ndarray:
+    """Signs that make the largest entry of every column positive: singular vectors have none of their own."""
     largest = np.abs(vectors).argmax(axis=0)
-    return vectors * np.sign(vectors[largest, np.arange(vectors.shape[1])])
+    return np.sign(vectors[largest, np.arange(vectors.shape[1])])
 
 
 def _unit_rows(values: np.ndarray) -> np.ndarray:
@@ -113,10 +196,10 @@ def _unit_rows(values: np.ndarray) -> np.ndarray:
     return (values / np.maximum(norms, 1e-12)).astype(np.float32)
 
 
-def network_codes(
-    name: str, edges: pd.DataFrame, genes: Sequence[str], dim: int = 64, restart: float = 0.2
-) -> GeneCodes:
-    """Embed genes so that products of their codes compare where random walks from them arrive.
+def network_source(
+    name: str, edges: pd.DataFrame, restart: float = 0.2, where: str | Path = ""
+) -> PriorSource:
+    """Describe genes by where random walks from them arrive.
 
     The profile of a gene is the stationary distribution π of a random walk with restart on the
     network (Köhler et al. 2008). Two genes are compared by the Bhattacharyya affinity Σ √(π₁ π₂), whose
@@ -127,10 +210,6 @@ def network_codes(
     ----------
     edges
         Columns ``gene_a``, ``gene_b``, ``weight``.
-    genes
-        Genes to embed; those outside the network get no code.
-    dim
-        Dimensions at most.
     restart
         Probability to return to the start; small values reach far.
     """
@@ -146,42 +225,155 @@ def network_codes(
     adjacency = half + half.T
     degree = np.asarray(adjacency.sum(axis=1)).ravel()
     walk = (adjacency @ sparse.diags_array(1 / np.maximum(degree, 1e-12))).tocsr()
-    wanted = np.intersect1d(np.array(sorted(set(genes)), dtype=str), nodes)
-    if not len(wanted):
-        return GeneCodes(name, (), np.zeros((0, 1), dtype=np.float32))
-    start = np.zeros((n, len(wanted)))
-    start[np.searchsorted(nodes, wanted), np.arange(len(wanted))] = 1
-    profile = start
-    for _ in range(int(np.ceil(np.log(1e-4) / np.log(1 - restart)))):  # until the remainder is below 1e-4
-        profile = restart * start + (1 - restart) * (walk @ profile)
-    root = np.sqrt(profile.T)
-    return GeneCodes(name, tuple(wanted), _unit_rows(_leading_directions(root, dim)))
+    quick_walk = walk.astype(np.float32)
+    steps = int(np.ceil(np.log(1e-4) / np.log(1 - restart)))  # until the remainder is below 1e-4
+
+    def profiles(genes: Sequence[str], walk: sparse.csr_array = walk) -> np.ndarray:
+        start = np.zeros((n, len(genes)), dtype=walk.dtype)
+        start[np.searchsorted(nodes, np.array(genes, dtype=str)), np.arange(len(genes))] = 1
+        profile = start
+        for _ in range(steps):
+            profile = restart * start + (1 - restart) * (walk @ profile)
+        return np.sqrt(profile.T)
+
+    quick = partial(profiles, walk=quick_walk)
+    return PriorSource(name, frozenset(nodes.tolist()), profiles, where, quick_features=quick)
+
+
+def network_codes(
+    name: str, edges: pd.DataFrame, genes: Sequence[str], dim: int = 64, restart: float = 0.2
+) -> GeneCodes:
+    """Embed ``genes`` by :func:`network_source` in at most ``dim`` dimensions; strangers get no code."""
+    return network_source(name, edges, restart).codes(genes, dim)
+
+
+def gene_set_source(name: str, sets: Mapping[str, Sequence[str]], where: str | Path = "") -> PriorSource:
+    """Describe genes by their membership in gene sets, weighted by rarity: 1 + log(genes / set size)."""
+    sets_of: dict[str, list[int]] = {}
+    for column, members in enumerate(sets.values()):
+        for gene in members:
+            sets_of.setdefault(gene, []).append(column)
+    weight = np.array([1 + np.log(len(sets_of) / len(members)) for members in sets.values()])
+
+    def memberships(genes: Sequence[str]) -> np.ndarray:
+        table = np.zeros((len(genes), len(weight)))
+        for row, gene in enumerate(genes):
+            table[row, sets_of[gene]] = weight[sets_of[gene]]
+        return _unit_rows(table)
+
+    return PriorSource(name, frozenset(sets_of), memberships, where)
 
 
 def gene_set_codes(
     name: str, sets: Mapping[str, Sequence[str]], genes: Sequence[str], dim: int = 64
 ) -> GeneCodes:
-    """Embed genes by their membership in gene sets, weighted by rarity: 1 + log(genes / set size).
+    """Embed ``genes`` by :func:`gene_set_source` in at most ``dim`` dimensions; strangers get no code."""
+    return gene_set_source(name, sets).codes(genes, dim)
 
-    Parameters are those of :func:`network_codes`; genes in no set get no code.
+
+def read_gene_table(path: str | Path) -> pd.DataFrame:
+    """Read a table of gene features: text or protein embeddings, or any numbers.
+
+    Returns
+    -------
+    Rows named by gene (the first column of the file), one float column per feature.
+
+    Raises
+    ------
+    InputError
+        When there is no feature, a gene occurs twice or has no name, or a value is no finite number;
+        naming the row and the column.
     """
-    universe = {gene for members in sets.values() for gene in members}
-    wanted = sorted(set(genes) & universe)
-    if not wanted:
-        return GeneCodes(name, (), np.zeros((0, 1), dtype=np.float32))
-    position = {gene: index for index, gene in enumerate(wanted)}
-    membership = np.zeros((len(wanted), len(sets)))
-    for column, members in enumerate(sets.values()):
-        rows = [position[gene] for gene in members if gene in position]
-        membership[rows, column] = 1 + np.log(len(universe) / len(members))
-    return GeneCodes(name, tuple(wanted), _unit_rows(_leading_directions(_unit_rows(membership), dim)))
+    # Only an empty field is missing: NA is a gene alias. Tabs unless the name says otherwise.
+    separator = "," if ".csv" in Path(path).suffixes else "\t"
+    first = pd.read_csv(path, sep=separator, nrows=0).columns[0]
+    table = pd.read_csv(path, sep=separator, keep_default_na=False, dtype={first: str}, index_col=False)
+    genes = table[first].str.strip()
+    if table.shape[1] < 2 or table.empty:
+        raise InputError(
+            path,
+            f"{table.shape[1]} column(s) and {len(table)} row(s)",
+            "gene symbols in the first column, features in the others",
+            "separate columns by tabs, or by commas in a file called .csv",
+        )
+    unnamed = np.flatnonzero(genes == "")
+    if len(unnamed):
+        raise InputError(f"{path} line {unnamed[0] + 2}", "an empty gene", "a gene symbol", "fill it in")
+    repeated = np.flatnonzero(genes.duplicated())
+    if len(repeated):
+        raise InputError(
+            f"{path} line {repeated[0] + 2}, column {first}",
+            f"gene {genes.iloc[repeated[0]]} a second time",
+            "one row per gene",
+            "average the rows of a gene, or keep one",
+        )
+    values = {}
+    for column in table.columns[1:]:
+        numbers = pd.to_numeric(table[column], errors="coerce").to_numpy(float)
+        bad = np.flatnonzero(~np.isfinite(numbers))
+        if len(bad):
+            raise InputError(
+                f"{path} line {bad[0] + 2} (gene {genes.iloc[bad[0]]}), column {column}",
+                repr(table[column].iloc[bad[0]]),
+                "a finite number",
+                "leave out genes without features, and columns that are not numbers",
+            )
+        values[column] = numbers
+    return pd.DataFrame(values, index=pd.Index(genes, name="gene"))
 
 
-def _leading_directions(features: np.ndarray, dim: int) -> np.ndarray:
-    """Rotate rows onto their leading right singular vectors, at most ``dim``; products are kept."""
-    left, singular, _ = np.linalg.svd(features, full_matrices=False)
-    kept = min(dim, int((singular > 1e-6 * singular[0]).sum()))
-    return _fix_signs(left[:, :kept]) * singular[:kept]
+def gene_table_source(name: str, table: pd.DataFrame, where: str | Path = "") -> PriorSource:
+    """Describe genes by a table ``(genes, features)``; codes are principal components of its columns.
+
+    Columns are standardized over the genes that the screen perturbs, since their units may differ.
+    """
+
+    def rows(genes: Sequence[str]) -> np.ndarray:
+        return table.loc[list(genes)].to_numpy(float)
+
+    return PriorSource(name, frozenset(table.index), rows, where, centred=True, standardized=True)
+
+
+def read_sources(
+    networks: Sequence[str | Path] = (),
+    gene_sets: Sequence[str | Path] = (),
+    gene_tables: Sequence[str | Path] = (),
+    restart: float = 0.2,
+) -> list[PriorSource]:
+    """Read every file of prior knowledge named in the table of datasets; a source is called after its file.
+
+    Raises
+    ------
+    InputError
+        When a file cannot be used, or two sources would share a name.
+    """
+    sources = [
+        *(network_source(_source_name(path), read_network(path), restart, path) for path in networks),
+        *(gene_set_source(_source_name(path), read_gene_sets(path), path) for path in gene_sets),
+        *(gene_table_source(_source_name(path), read_gene_table(path), path) for path in gene_tables),
+    ]
+    require_names(sources)
+    return sources
+
+
+def require_names(sources: Sequence[PriorSource]) -> None:
+    """Stop when two sources share a name.
+
+    Raises
+    ------
+    InputError
+        Naming the second file.
+    """
+    names: set[str] = set()
+    for source in sources:
+        if source.name in names:
+            raise InputError(
+                source.where,
+                f"a second source called {source.name!r}",
+                "files whose names differ before the first dot",
+                "rename the file",
+            )
+        names.add(source.name)
 
 
 def read_priors(
@@ -191,50 +383,45 @@ def read_priors(
     dim: int = 64,
     restart: float = 0.2,
 ) -> list[GeneCodes]:
-    """Read every source named in the config for ``genes``; a source is called after its file.
-
-    Raises
-    ------
-    InputError
-        When a file cannot be used, or two files would share a name.
-    """
-    names: set[str] = set()
-    for path in (*networks, *gene_sets):
-        if (name := _source_name(path)) in names:
-            raise InputError(
-                path,
-                f"a second source called {name!r}",
-                "files whose names differ before the first dot",
-                "rename the file",
-            )
-        names.add(name)
-    sources = [
-        network_codes(_source_name(path), read_network(path), genes, dim, restart) for path in networks
-    ]
-    sources += [gene_set_codes(_source_name(path), read_gene_sets(path), genes, dim) for path in gene_sets]
-    return sources
+    """Codes of ``genes`` from networks and gene sets; see :func:`read_sources`."""
+    return [source.codes(genes, dim) for source in read_sources(networks, gene_sets, restart=restart)]
 
 
 def _source_name(path: str | Path) -> str:
     return Path(path).name.split(".")[0]
 
 
-def coverage(sources: Sequence[GeneCodes], genes: Sequence[str]) -> pd.DataFrame:
-    """Count which perturbed genes each source covers.
+CODED = "coded by prior sources"
+TRAINED_ONLY = "known from its own training cells alone"
+AVERAGE = "predicted as an average unseen gene, never as control"
+
+
+def coverage(codes: Mapping[str, np.ndarray], genes: Sequence[str], trained: Collection[str]) -> pd.DataFrame:
+    """Say for every perturbed gene which sources cover it, and what follows for its prediction.
+
+    Parameters
+    ----------
+    codes
+        Source name to ``(genes, dim)``; a row of zeros is a gene that the source does not cover.
+    genes
+        Genes of the rows.
+    trained
+        Genes that a training perturbation carries.
 
     Returns
     -------
-    Columns ``source``, ``n_genes``, ``n_covered``, ``share``, ``uncovered`` (joined by ``;``).
+    Columns ``gene``, ``n_sources``, one 0/1 column per source, ``consequence``.
     """
-    rows = []
-    for source in sources:
-        known = set(source.covered(genes))
-        missing = [gene for gene in genes if gene not in known]
-        rows.append((source.name, len(genes), len(known), len(known) / max(len(genes), 1), ";".join(missing)))
-    return pd.DataFrame(rows, columns=["source", "n_genes", "n_covered", "share", "uncovered"])
+    covered = {name: values.any(axis=1).astype(int) for name, values in codes.items()}
+    n_sources = np.sum(list(covered.values()), axis=0) if covered else np.zeros(len(genes), dtype=int)
+    consequence = [
+        CODED if count else TRAINED_ONLY if gene in trained else AVERAGE
+        for gene, count in zip(genes, n_sources, strict=True)
+    ]
+    return pd.DataFrame({"gene": list(genes), "n_sources": n_sources, **covered, "consequence": consequence})
 
 
-def require_coverage(sources: Sequence[GeneCodes], genes: Sequence[str], where: Sequence[str | Path]) -> None:
+def require_coverage(sources: Sequence[PriorSource], genes: Sequence[str]) -> None:
     """Stop when a source knows none of the perturbed genes: most often another species or identifier.
 
     Raises
@@ -242,11 +429,12 @@ def require_coverage(sources: Sequence[GeneCodes], genes: Sequence[str], where: 
     InputError
         Naming the file and examples of both sides.
     """
-    for source, path in zip(sources, where, strict=True):
-        if not source.covered(genes):
+    for source in sources:
+        if not source.known & set(genes):
             raise InputError(
-                path,
-                f"genes such as {', '.join(source.genes[:3])}, none of the {len(genes)} perturbed genes",
+                source.where,
+                f"genes such as {', '.join(sorted(source.known)[:3])}, none of the {len(genes)} perturbed "
+                "genes",
                 f"symbols such as {', '.join(list(genes)[:3])}",
-                "use a file with the same gene symbols and species, or take it out of the dataset's row",
+                f"use a file with the same gene symbols and species, or {source.remedy}",
             )

@@ -25,14 +25,14 @@ from biojepa.contracts import (
     TRAIN,
     VAL,
 )
-from biojepa.errors import InputError
+from biojepa.errors import InputError, StoppedRun
 from biojepa.files import read_tsv, sha256_of, write_json, write_tsv
 from biojepa.labels import genes_of
 
 MIN_PERTURBATIONS = 6
 
 
-class LeakageError(RuntimeError):
+class LeakageError(StoppedRun):
     """A held-out perturbation was found where only training perturbations may be."""
 
 
@@ -123,6 +123,32 @@ def split_perturbations(
         training = [name for name in rest if name not in validation]
         tables.append(split_table(names, validation, {n for n in names if fold_of[n] == fold}, training))
     return tables
+
+
+def no_split(labels: Iterable[str]) -> pd.DataFrame:
+    """Give every perturbation to training, for a model that is applied to perturbations outside the screen.
+
+    Nothing can be evaluated on such a split: what to expect of the model is what its like reached on
+    the held-out perturbations of another scheme.
+
+    Parameters
+    ----------
+    labels
+        Perturbations; control is ignored.
+
+    Returns
+    -------
+    One table with the columns of ``contracts.SPLIT_COLUMNS``, sorted by label.
+
+    Raises
+    ------
+    ValueError
+        Without any perturbation.
+    """
+    names = sorted(set(labels) - {CONTROL})
+    if not names:
+        raise ValueError("no perturbation to train on; at least one is needed")
+    return split_table(names, (), (), names)
 
 
 def split_table(

@@ -1,0 +1,405 @@
+"""Predict perturbations outside a screen, and say of each how far to trust it.
+
+The model was trained on everything, so nothing can be held out to judge it. What to expect of a
+prediction is what the same model, trained on folds of the same screen, reached on held-out
+perturbations of the same kind; see :func:`held_out_accuracy`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from biojepa.contracts import (
+    CATEGORIES,
+    CATEGORY,
+    PERTURBATION,
+    PREDICTED_COLUMNS,
+    WHOLE_MODEL,
+)
+from biojepa.errors import InputError
+from biojepa.evaluation.resampling import bootstrap_means, interval
+from biojepa.evaluation.settings import EvaluationSettings
+from biojepa.labels import genes_of
+from biojepa.pairs import Pairs, multi_hot, trainable_labels
+from biojepa.prediction_requests import ALL
+from biojepa.splits import categorize
+
+METRIC = "pearson_delta_perturbed_mean"
+UNINFORMED = ("mean", "no_change")
+"""Baselines that predict the same whatever is perturbed."""
+MEASURED = "measured"
+"""Category of a perturbation of the screen itself, which no category of unseen ones fits."""
+N_TOP = 10
+PREDICTED_AT_A_TIME = 256
+GENES_COMPARED_AT_A_TIME = 1024
+
+
+class PredictingModel(Protocol):
+    """What is asked of a model: see ``TrainedModel``."""
+
+    genes: tuple[str, ...]
+    perturbed_genes: tuple[str, ...]
+    facts: Mapping[str, Any]
+    control_expression: Any
+
+    @property
+    def codes(self) -> Mapping[str, Any]:
+        """Prior sources that the model uses."""
+
+    def predict_membership(self, membership: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Predict multi-hot codes (n, perturbed genes): expression, its sd or None, tokens."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model reached on held-out perturbations of one kind.
+
+    Attributes
+    ----------
+    n
+        Perturbations.
+    accuracy
+        Mean Pearson correlation of changes against the training perturbed mean.
+    baseline, baseline_accuracy
+        Best simple model of that kind, and the same for it.
+    gain
+        Mean gain over it and its bootstrap interval.
+    uninformed, uninformed_gain
+        Better of the baselines that know nothing of the perturbation, and the gain over that one.
+    """
+
+    n: int
+    accuracy: float
+    baseline: str
+    baseline_accuracy: float
+    gain: tuple[float, float, float]
+    uninformed: str
+    uninformed_gain: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Answer to what was asked for.
+
+    Attributes
+    ----------
+    table
+        Columns ``contracts.PREDICTED_COLUMNS``: predicted perturbations by falling effect size, then
+        those that were not predicted, without numbers.
+    genes
+        Of the columns of ``expression``.
+    expression, sd
+        (predicted rows, genes) mean log-expression and, where the model gives one, its standard
+        deviation, float32, in the order of the table.
+    """
+
+    table: pd.DataFrame
+    genes: tuple[str, ...]
+    expression: np.ndarray
+    sd: np.ndarray | None
+
+
+def held_out_accuracy(
+    metrics: pd.DataFrame, summary: pd.DataFrame, model: str, settings: EvaluationSettings
+) -> dict[str, HeldOut]:
+    """Collect what a model reached on held-out perturbations, by category.
+
+    Two baselines answer two questions. *Is there anything better to use?* is asked of the best simple
+    model, whose name and accuracy stand beside the model's. *Does the prediction say anything about this
+    perturbation?* is asked of the better of ``mean`` and ``no_change``: they predict the same whatever is
+    perturbed. It is the second that decides on abstaining. A model that is as good as the best simple
+    one, and far better than knowing nothing, is worth reading; one that is not, is not. ``mean`` alone
+    would be too weak a bar: it scores 0 by definition, and *no change* often scores more.
+
+    Parameters
+    ----------
+    metrics, summary
+        Tables of ``evaluate``.
+    model
+        Name of the model.
+    settings
+        Of the evaluation: number and seed of bootstrap draws over perturbations, confidence.
+
+    Raises
+    ------
+    InputError
+        When the model, or every uninformed baseline, is not in the tables.
+    """
+    rows = metrics[(metrics["metric"] == METRIC) & (metrics[PERTURBATION] != WHOLE_MODEL)]
+    found = set(rows["model"])
+    if model not in found or not found & set(UNINFORMED):
+        raise InputError(
+            "metrics.tsv",
+            f"{METRIC} of {', '.join(sorted(found)) or 'no model'}",
+            f"that of {model} and of {' or '.join(UNINFORMED)}",
+            f"add them to models in the config, and rerun the rule evaluate for {model}",
+        )
+    best = summary[(summary["metric"] == METRIC) & (summary["model"] == model)].set_index(CATEGORY)
+    reached = {}
+    for category in (name for name in CATEGORIES if name in set(rows[CATEGORY])):
+        inside = rows[rows[CATEGORY] == category]
+        scores = inside.groupby([PERTURBATION, "model"], observed=True)["value"].mean().unstack("model")
+        if model not in scores or scores[model].isna().all():
+            continue
+        scores = scores[scores[model].notna()]
+        uninformed = max(
+            (name for name in UNINFORMED if name in scores), key=lambda name: scores[name].mean()
+        )
+        # The best baseline of the summary is missing where no simple model was run but the mean.
+        named = best["best_baseline"].get(category) if "best_baseline" in best else None
+        baseline = named if isinstance(named, str) and named in scores else uninformed
+        rng = np.random.default_rng([settings.seed, CATEGORIES.index(category)])
+        n = len(scores)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=settings.draws).astype(float)
+        gains = {
+            other: _gain(scores[model] - scores[other], counts, settings.confidence)
+            for other in (baseline, uninformed)
+        }
+        reached[category] = HeldOut(
+            n=n,
+            accuracy=float(scores[model].mean()),
+            baseline=baseline,
+            baseline_accuracy=float(scores[baseline].mean()),
+            gain=gains[baseline],
+            uninformed=uninformed,
+            uninformed_gain=gains[uninformed],
+        )
+    return reached
+
+
+def _gain(difference: pd.Series, counts: np.ndarray, confidence: float) -> tuple[float, float, float]:
+    """Average a difference, with its percentile interval over bootstrap samples of perturbations."""
+    values = difference.to_numpy(float)[:, None]
+    if len(values) < 2:
+        # One perturbation resamples to itself: an interval of width 0 would claim certainty.
+        return float(values.mean()), math.nan, math.nan
+    low, high = interval(bootstrap_means(values, counts), confidence)
+    return float(np.nanmean(values)), float(low[0]), float(high[0])
+
+
+def predict_perturbations(
+    model: PredictingModel,
+    pairs: Pairs,
+    requests: Sequence[str] | str,
+    held_out: Mapping[str, HeldOut],
+    min_perturbations: int = 8,
+) -> Predictions:
+    """Predict perturbations, rank them by effect size, and say of each how far to trust it.
+
+    A perturbation is predicted when each of its genes is carried by a training perturbation or covered by
+    a prior source. Others are listed as not predicted: to a model a gene without any code is an average
+    gene, and to the reader that would be a made-up answer.
+
+    Parameters
+    ----------
+    model
+        Trained on ``pairs``.
+    pairs
+        Of the scheme ``none``, with codes of the genes that are asked for.
+    requests
+        Perturbations as :func:`~biojepa.prediction_requests.read_requests` gives them, or ``ALL``.
+    held_out
+        From :func:`held_out_accuracy`.
+    min_perturbations
+        Held-out perturbations of a kind below which nothing is claimed of the kind.
+
+    Raises
+    ------
+    InputError
+        When the model was trained on another file than ``pairs``.
+    """
+    made_with, here = model.facts.get("split_sha256"), pairs.facts.get("split_sha256")
+    if made_with != here or model.perturbed_genes != pairs.perturbed_genes:
+        raise InputError(
+            "model.pt",
+            f"a model of the split {made_with} with codes of {len(model.perturbed_genes)} genes",
+            f"the split {here} and the {len(pairs.perturbed_genes)} genes of pairs.h5",
+            "rerun the train stage",
+        )
+    # A model trained without priors knows no unseen gene, whatever the file says of it.
+    pairs = replace(pairs, codes={name: pairs.codes[name] for name in model.codes})
+    training = [pairs.labels[label] for label in trainable_labels(pairs)]
+    trained = {gene for label in training for gene in genes_of(label)}
+    covered = {name: _covered_genes(pairs, values) for name, values in pairs.codes.items()}
+    coded = set().union(*covered.values())
+    asked = sorted(coded) if isinstance(requests, str) and requests == ALL else list(requests)
+    predicted = [label for label in asked if set(genes_of(label)) <= trained | coded]
+    missing = [label for label in asked if label not in set(predicted)]
+
+    nearest = nearest_training_genes(
+        pairs, {gene for label in predicted for gene in genes_of(label)}, trained
+    )
+    expression, sd = _expression(model, predicted)
+    change = expression - np.asarray(model.control_expression.cpu(), dtype=np.float32)
+    size = np.linalg.norm(change, axis=1)
+    order = np.argsort(-size, kind="stable")
+    rows = []
+    for rank, place in enumerate(order, start=1):
+        label = predicted[place]
+        category = MEASURED if label in training else categorize(label, training)[0]
+        rows.append(
+            {
+                "rank": rank,
+                PERTURBATION: label,
+                CATEGORY: category,
+                "effect_size": size[place],
+                "effect_size_sd": np.nan if sd is None else _size_sd(change[place], sd[place]),
+                "top_up": _top(change[place], model.genes),
+                "top_down": _top(-change[place], model.genes, sign=-1),
+                **_nearest_columns(label, nearest),
+                **_coverage_columns(label, covered),
+                **_trust_columns(category, held_out.get(category), min_perturbations),
+            }
+        )
+    symbols = sorted({*pairs.perturbed_genes, *pairs.genes})
+    for label in missing:
+        unknown = [gene for gene in genes_of(label) if gene not in trained | coded]
+        rows.append(
+            {
+                PERTURBATION: label,
+                CATEGORY: categorize(label, training)[0],
+                **_coverage_columns(label, covered),
+                "abstain": True,
+                "trust": "not predicted: no prior source knows "
+                + " and ".join(gene + _suggestion(gene, symbols) for gene in unknown),
+            }
+        )
+    table = pd.DataFrame(rows, columns=list(PREDICTED_COLUMNS))
+    table = table.astype({"rank": "Int64", "heldout_n": "Int64", "abstain": bool})
+    return Predictions(table, model.genes, expression[order], None if sd is None else sd[order])
+
+
+def _covered_genes(pairs: Pairs, values: np.ndarray) -> set[str]:
+    return {pairs.perturbed_genes[row] for row in np.flatnonzero(values.any(axis=1))}
+
+
+def _expression(model: PredictingModel, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Predict labels, a block at a time: with the codes of all genes, a multi-hot matrix is wide."""
+    expression = np.zeros((len(labels), len(model.genes)), dtype=np.float32)
+    sd: np.ndarray | None = None
+    for block in _blocks(len(labels), PREDICTED_AT_A_TIME):
+        membership = multi_hot(labels[block], model.perturbed_genes).astype(np.float32)
+        mean, deviation, _ = model.predict_membership(membership)
+        expression[block] = mean
+        if deviation is not None:
+            sd = np.zeros_like(expression) if sd is None else sd
+            sd[block] = deviation
+    return expression, sd
+
+
+def _blocks(n: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, n)) for first in range(0, n, size))
+
+
+def _size_sd(change: np.ndarray, sd: np.ndarray) -> float:
+    """Propagate the uncertainty of genes, taken as independent, to the length of a change, to first order."""
+    length = float(np.linalg.norm(change))
+    return float(np.linalg.norm(change * sd) / length) if length > 0 else math.nan
+
+
+def _top(change: np.ndarray, genes: Sequence[str], sign: int = 1) -> str:
+    """Write down the genes with the largest positive ``change``, with ``sign`` as it was."""
+    order = np.argsort(-change, kind="stable")[:N_TOP]
+    return ";".join(f"{genes[gene]}:{sign * change[gene]:+.3g}" for gene in order if change[gene] > 0)
+
+
+def nearest_training_genes(pairs: Pairs, wanted: set[str], trained: set[str]) -> dict[str, tuple[str, float]]:
+    """Find the training gene whose prior codes are most like those of each gene.
+
+    Similarity is the cosine of codes, averaged over the sources that cover both genes. A gene that
+    training perturbed is its own nearest, with similarity 1.
+
+    Returns
+    -------
+    Gene to its nearest and the similarity. A gene without a common source with any is left out.
+    """
+    position = {gene: row for row, gene in enumerate(pairs.perturbed_genes)}
+    nearest = {gene: (gene, 1.0) for gene in wanted & trained}
+    others = sorted(gene for gene in wanted - trained if gene in position)
+    known = sorted(trained)
+    if not others or not known or not pairs.codes:
+        return nearest
+    columns = [position[gene] for gene in known]
+    for block in _blocks(len(others), GENES_COMPARED_AT_A_TIME):
+        rows = [position[gene] for gene in others[block]]
+        total, count = np.zeros((2, len(rows), len(columns)))
+        for values in pairs.codes.values():
+            total += values[rows] @ values[columns].T
+            count += np.outer(values[rows].any(axis=1), values[columns].any(axis=1))
+        mean = np.divide(total, count, out=np.full(total.shape, -np.inf), where=count > 0)
+        for gene, similarity in zip(others[block], mean, strict=True):
+            best = int(similarity.argmax())
+            if np.isfinite(similarity[best]):
+                nearest[gene] = (known[best], float(similarity[best]))
+    return nearest
+
+
+def _nearest_columns(label: str, nearest: Mapping[str, tuple[str, float]]) -> dict[str, Any]:
+    """Nearest training gene of each gene of a label; similarity is that of its least known gene."""
+    found = [nearest.get(gene, ("", math.nan)) for gene in genes_of(label)]
+    similarity = min((value for _, value in found), default=math.nan)
+    if any(math.isnan(value) for _, value in found):
+        similarity = math.nan
+    return {
+        "nearest_training_gene": ";".join(name for name, _ in found),
+        "nearest_similarity": similarity,
+        "nearest_distance": 1 - similarity,
+    }
+
+
+def _coverage_columns(label: str, covered: Mapping[str, set[str]]) -> dict[str, str]:
+    """Name the sources that cover every gene of a label."""
+    names = [name for name, genes in covered.items() if set(genes_of(label)) <= genes]
+    return {"prior_coverage": f"{len(names)}/{len(covered)}", "prior_sources": ";".join(names)}
+
+
+def _trust_columns(category: str, held_out: HeldOut | None, min_perturbations: int) -> dict[str, Any]:
+    """Say in numbers and words how far to trust a prediction of a category."""
+    if category == MEASURED:
+        words = "measured in this screen, and the model was trained on it: look at the measurement first"
+        return {"abstain": False, "trust": words}
+    if held_out is None:
+        return {"abstain": True, "trust": "no held-out perturbation of this kind: untested"}
+    numbers = {
+        "heldout_accuracy": held_out.accuracy,
+        "heldout_n": held_out.n,
+        "baseline": held_out.baseline,
+        "baseline_accuracy": held_out.baseline_accuracy,
+        **dict(zip(("gain", "gain_ci_low", "gain_ci_high"), held_out.gain, strict=True)),
+        "uninformed_baseline": held_out.uninformed,
+        **dict(
+            zip(
+                ("uninformed_gain", "uninformed_gain_ci_low", "uninformed_gain_ci_high"),
+                held_out.uninformed_gain,
+                strict=True,
+            )
+        ),
+    }
+    kind = "on held-out perturbations of this kind"
+    if held_out.n < min_perturbations:
+        words = f"only {held_out.n} held-out perturbation(s) of this kind: untested"
+        return {**numbers, "abstain": True, "trust": words}
+    if not held_out.uninformed_gain[1] > 0:
+        words = (
+            f"no better than {held_out.uninformed}, which knows nothing of the perturbation, {kind}: abstain"
+        )
+        return {**numbers, "abstain": True, "trust": words}
+    if held_out.gain[1] > 0:
+        words = f"better than the best simple model {kind}"
+    else:
+        words = f"no better than the best simple model, {held_out.baseline}, {kind}, "
+        words += f"but better than {held_out.uninformed}, which knows nothing of the perturbation"
+    return {**numbers, "abstain": False, "trust": words}
+
+
+def _suggestion(gene: str, symbols: Sequence[str]) -> str:
+    """Guess what a symbol that nothing knows was meant to be; empty for one that the screen measures."""
+    near = [] if gene in symbols else difflib.get_close_matches(gene, symbols, n=1, cutoff=0.75)
+    return f" (did you mean {near[0]}?)" if near else ""

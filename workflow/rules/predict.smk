@@ -1,0 +1,32 @@
+# Perturbations outside the screen, predicted by a model that was trained on all of it.
+
+
+rule predict:
+    """Predict what the config asks for, ranked by effect size, with a statement of trust for each."""
+    input:
+        model=get_predicting_model,
+        pairs="results/{dataset}/none/fold0/pair/pairs.h5",
+        metrics="results/{dataset}/perturbation/evaluate/metrics.tsv",
+        summary="results/{dataset}/perturbation/evaluate/summary.tsv",
+        requests=get_request_file,
+    output:
+        predictions="results/{dataset}/predict/predictions.h5ad",
+        table="results/{dataset}/predict/predictions.tsv",
+    log:
+        "logs/{dataset}/predict.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/predict.tsv"
+    conda:
+        "../../envs/embed.yaml"
+    threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
+    resources:
+        gpu=train_gpus,
+    params:
+        model=lambda wildcards: predicting_model(wildcards.dataset),
+        seed=CONFIG.seeds[0],
+        predict=CONFIG.predict,
+        settings=settings_of("evaluate"),
+        device=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["device"],
+        library=library("predict"),
+    script:
+        "../scripts/predict.py"
