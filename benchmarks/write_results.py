@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from ablation_table import ablation_lines
 
 METRICS = {
     "pearson_delta_perturbed_mean": "Pearson Δ",
@@ -114,6 +115,7 @@ def section(folder: Path) -> Iterator[str]:
     known = set(metrics["model"])
     yield from paired(metrics, verdict["model"], [name for name in others if name in known])
     yield ""
+    yield from ablation_lines(metrics)
 
 
 def effort(folder: Path) -> Iterator[str]:

@@ -163,7 +163,8 @@ def expected_results(trained: Sequence[str] = TRAINED) -> set[str]:
     expected |= {f"{scheme}/{name}" for name in shown}
     for fold in FOLDS:
         place = f"{scheme}/fold{fold}"
-        expected |= {f"{place}/pair/{name}" for name in ("split.tsv", "split.json", "pairs.h5")}
+        paired = ("split.tsv", "split.json", "pairs.h5", "coverage.tsv")
+        expected |= {f"{place}/pair/{name}" for name in paired}
         expected |= {f"{place}/{model}/seed0/embed/predictions.h5ad" for model in MODELS}
         for model in trained:
             run = f"{place}/{model}/seed0"

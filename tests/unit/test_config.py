@@ -8,10 +8,9 @@ import pytest
 import yaml
 
 from biojepa.config import ConfigError, load_config
-from biojepa.contracts import LINEAR_BASELINES
 from biojepa.evaluation.settings import EnrichmentSettings, EvaluationSettings
 from biojepa.guides import GuideAssignment
-from biojepa.models import LATENT_MODELS, known_models
+from biojepa.models import ABLATION_MODELS, known_models
 from biojepa.pairing import PairSettings
 from biojepa.preprocess import PreprocessSettings
 from biojepa.raw import ScreenSource
@@ -95,7 +94,7 @@ def test_defaults_of_the_schema_are_those_of_the_code(path):
 
 def test_columns_of_the_table_are_the_fields_of_a_screen_and_where_it_comes_from():
     columns = set(schema_of("datasets")["properties"])
-    others = {"source", "checksum", "networks", "gene_sets", "pathways"}
+    others = {"source", "checksum", "networks", "gene_sets", "gene_tables", "responses", "pathways"}
     assert columns - others == {entry.name for entry in fields(ScreenSource)} - {"path"}
     assert others < columns
 
@@ -141,7 +140,29 @@ def test_the_manual_names_every_column_and_every_model():
 
 def test_models_of_the_schema_are_those_of_the_code():
     part = schema_of()["properties"]["models"]
-    assert part["items"]["enum"] == [*LINEAR_BASELINES, *LATENT_MODELS]
+    assert part["items"]["enum"] == known_models()
+
+
+def test_the_ablation_config_is_valid_and_complete_and_like_the_configs_of_its_datasets(monkeypatch):
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr("biojepa.config.Source.missing_files", lambda source: [])
+
+    def read(name):
+        content = yaml.safe_load((REPO / "config" / name).read_text(encoding="utf-8"))
+        return load_config(content, SCHEMAS)
+
+    ablation = read("examples/ablation.yaml")
+    assert set(ABLATION_MODELS) < set(ablation.models)
+    assert ablation.seeds == [0]
+    singly = {"demo": "config.yaml", "norman_tiny": "examples/norman_tiny.yaml"}
+    singly["papalexi"] = "examples/papalexi.yaml"
+    assert ablation.datasets == list(singly)
+    for dataset, name in singly.items():
+        assert ablation.folds(dataset) == [0, 1, 2, 3, 4]
+        alone = read(name)
+        assert ablation.source(dataset) == alone.source(dataset)
+        for part in ("download", "preprocess", "pair", "train", "evaluate"):
+            assert ablation.settings(dataset, part) == alone.settings(dataset, part), (dataset, part)
 
 
 def test_the_demo_config_is_valid(monkeypatch):
@@ -184,6 +205,93 @@ def test_sources_know_where_their_files_are(folder):
     assert load().pattern("downloaded") == "(?!)"
 
 
+def with_responses(folder, *rows):
+    """Write a table whose rows are dataset, source and responses."""
+    lines = ["dataset\tsource\tresponses", *("\t".join(row) for row in rows)]
+    (folder / "config/datasets.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_screens_whose_responses_are_used_are_known_but_not_run(folder):
+    with_responses(folder, ("demo", "simulator", "mine;third"), ("mine", "{data_dir}/mine.h5ad", "third"),
+                   ("third", "https://example.org/third.h5ad", ""), ("idle", "simulator", ""))  # fmt: skip
+    config = load(preprocess={"target_sum": 500}, overrides={"mine": {"preprocess": {"target_sum": 9}}})
+    assert (config.datasets, config.all_datasets) == (["demo"], ["demo", "mine", "third"])
+    assert config.source("demo").responses == ["mine", "third"]
+    assert [config.settings(name, "preprocess")["target_sum"] for name in ("demo", "mine")] == [500, 9]
+    assert config.pattern("downloaded") == "third"
+    # Of a screen that is not run, nothing but its cells is needed.
+    assert load(run=["mine"]).all_datasets == ["mine", "third"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("demo", "simulator", "demo")], r"row demo, column responses: found the dataset itself"),
+        (
+            [("demo", "simulator", "mine"), ("mima", "data/mine.h5ad", "")],
+            r"row demo, column responses: mine is in 0 rows of .*expected one of demo, mima\.",
+        ),
+        (
+            [("demo", "data/mine.h5ad", "twin"), ("twin", "{data_dir}/mine.h5ad", "")],
+            r"row demo, column responses: twin is the same screen.*given away",
+        ),
+        (
+            [("demo", "simulator", "twin"), ("twin", "simulator", "")],
+            r"row demo, column responses: twin is the same screen",
+        ),
+        (
+            [("demo", "simulator", "lost"), ("lost", "data/lost.h5ad", "")],
+            r"row lost, column source: no file data/lost\.h5ad",
+        ),
+    ],
+    ids=["itself", "unknown", "same file", "same simulation", "missing file"],
+)
+def test_responses_of_the_screen_itself_or_of_an_unknown_one_are_refused(folder, rows, message):
+    with_responses(folder, *rows)
+    with pytest.raises(ConfigError, match=message):
+        load()
+
+
+def test_two_simulations_that_differ_may_inform_each_other(folder):
+    with_responses(folder, ("demo", "simulator", "twin"), ("twin", "simulator", "demo"))
+    other = {"twin": {"download": {"simulator": {"seed": 1}}}}
+    assert load(run=["demo", "twin"], overrides=other).all_datasets == ["demo", "twin"]
+
+
+def test_gene_tables_must_exist_and_may_hold_placeholders(folder):
+    text = "dataset\tsource\tgene_tables\ndemo\tsimulator\t{data_dir}/esm.tsv; {data_dir}/text.csv\n"
+    (folder / "config/datasets.tsv").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"column gene_tables: no file data/esm\.tsv"):
+        load()
+    for name in ("esm.tsv", "text.csv"):
+        (folder / "data" / name).touch()
+    assert load().source("demo").gene_tables == ["data/esm.tsv", "data/text.csv"]
+
+
+@pytest.mark.parametrize("predict", [None, "all", ["KLF1", "B+A"], "data/genes.txt"])
+def test_what_to_predict_is_nothing_a_list_a_file_or_all(folder, predict):
+    (folder / "data/genes.txt").write_text("KLF1\n", encoding="utf-8")
+    assert load(predict=predict).predict == predict
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"predict": []}, r"key predict: \[\] should be non-empty"),
+        ({"predict": [7]}, r"key predict\.0: 7 is not of type 'string'"),
+        ({"predict": ["A++B", "KLF1", "C+C"]}, r"'A\+\+B' lacks a gene; 'C\+C' names a gene twice"),
+        ({"predict": "KLF1"}, r"key predict: found no file KLF1; expected a list.*predict: \[KLF1\]"),
+        (
+            {"predict": "all", "evaluate": {"model": "ridge"}},
+            r"predict: the model under test, evaluate\.model, is ridge; expected a trained model",
+        ),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused_before_the_first_job(folder, change, message):
+    with pytest.raises(ConfigError, match=message):
+        load(**change)
+
+
 def test_a_folder_is_read_file_by_file(folder):
     screen = folder / "data" / "screen"
     screen.mkdir()
@@ -224,6 +332,11 @@ def test_a_folder_is_read_file_by_file(folder):
         (
             {"models": ["mean", "shuffled_priors", "pca_predictor"], "evaluate": {"model": "pca_predictor"}},
             "shuffled_priors reuses the encoder of biojepa; add biojepa to the list",
+        ),
+        (
+            {"models": ["mean", "biojepa", "biojepa_knn", "untrained_ridge_noprior"]},
+            "models: untrained_ridge_noprior reuses the encoder of untrained_predictor; "
+            "add untrained_predictor to the list",
         ),
         (
             {"train": {"encoder": {"embed_dim": 65}}},

@@ -6,7 +6,17 @@ import sys
 import pytest
 
 from biojepa.contracts import LINEAR_BASELINES, POSITIVE_CONTROLS
-from biojepa.models import ORACLES, REFERENCES, encoder_source, is_baseline, known_models, resolve_settings
+from biojepa.models import (
+    ABLATION_MODELS,
+    LATENT_MODELS,
+    ORACLES,
+    REFERENCES,
+    encoder_source,
+    is_baseline,
+    is_head,
+    known_models,
+    resolve_settings,
+)
 from biojepa.training import TrainSettings
 
 TRAIN = {
@@ -30,7 +40,11 @@ TRAIN = {
         ("biojepa_predictor_shuffled", "jepa", False, "shuffled", "per_token"),
         ("shuffled_priors", "jepa", True, "shuffled", "per_token"),
         ("pca_predictor", "pca", False, "given", "per_token"),
+        ("pca_predictor_noprior", "pca", False, "none", "per_token"),
+        ("pca_predictor_shuffled", "pca", False, "shuffled", "per_token"),
         ("untrained_predictor", "untrained", False, "given", "per_token"),
+        ("untrained_predictor_noprior", "untrained", False, "none", "per_token"),
+        ("untrained_predictor_shuffled", "untrained", False, "shuffled", "per_token"),
         ("biojepa_flat", "jepa", True, "given", "flat"),
     ],
 )
@@ -47,13 +61,38 @@ def test_settings_of_baselines_do_not_reach_trained_models():
     assert "baselines" not in resolve_settings("biojepa", TRAIN)
 
 
-def test_every_model_is_either_a_baseline_or_trained():
-    trained = [model for model in known_models() if not is_baseline(model)]
-    assert [model for model in known_models() if is_baseline(model)] == list(LINEAR_BASELINES)
+def test_every_model_is_a_baseline_or_a_simple_head_or_trained():
+    kinds = {model: (is_baseline(model), is_head(model)) for model in known_models()}
+    assert [model for model, kind in kinds.items() if kind == (True, False)] == list(LINEAR_BASELINES)
+    trained = [model for model, kind in kinds.items() if kind == (False, False)]
+    assert trained == list(LATENT_MODELS)
+    assert len(known_models()) == len(kinds), "a name is listed twice"
     for model in trained:
-        assert encoder_source(model) in (None, "biojepa")
+        # A model whose encoder is reused trains its own.
+        source = encoder_source(model)
+        assert source is None or encoder_source(source) is None
     assert set(ORACLES) < set(trained)
     assert {*ORACLES.values(), *REFERENCES} == set(POSITIVE_CONTROLS)
+
+
+def test_the_ablation_has_its_27_names_and_each_uses_one_embedding():
+    sources = {"pca": "pca_predictor", "untrained": "untrained_predictor", "biojepa": "biojepa"}
+    expected = {
+        f"{embedding}_{head}{suffix}": source
+        for embedding, source in sources.items()
+        for head in ("ridge", "knn", "predictor")
+        for suffix in ("", "_noprior", "_shuffled")
+    }
+    assert len(expected) == 27
+    assert set(ABLATION_MODELS) == set(expected) <= set(known_models())
+    for name, source in expected.items():
+        assert is_head(name) == ("_predictor" not in name)
+        assert encoder_source(name) == (None if name == source else source)
+        model = ABLATION_MODELS[name]
+        if not is_head(name):
+            settings = TrainSettings.from_config(resolve_settings(name, TRAIN))
+            assert settings.embedding == model.embedding.replace("biojepa", "jepa")
+            assert (settings.priors, settings.linear_branch) == (model.priors, False)
 
 
 def test_reading_the_names_imports_neither_torch_nor_scanpy():

@@ -248,6 +248,11 @@ def make_inputs(seed: int = 0) -> ReportInputs:
         ),
         perturbations=make_perturbations(rng, names),
         umap=make_umap(rng, names),
+        coverage=pd.DataFrame(
+            [("A", 2, 1, 1, "coded"), (HOSTILE_GENE, 0, 0, 0, "average"), ("B", 1, 1, 0, "coded")] * 2
+            + [("C", 1, 1, 0, "coded"), ("C", 0, 0, 0, "average")],
+            columns=["gene", "n_sources", "string", "go", "consequence"],
+        ),
         histories={f"biojepa fold{f} seed0": history.assign(loss=history["loss"] + f) for f in (0, 1)},
         train_metrics={
             f"biojepa fold{f} seed0": {"device": "cpu", "seconds": 41.2, "embedding": {"rankme": 55.1}}
@@ -543,6 +548,24 @@ def test_split_checksums_and_download_links_are_printed(page: str, inputs: Repor
     methods = section(page, "methods")
     assert all(item["sha256"] in methods for item in inputs.splits)
     assert 'href="evaluate/metrics.tsv"' in methods
+
+
+def test_coverage_counts_genes_that_a_source_covers_in_every_fold(page: str, inputs: ReportInputs) -> None:
+    sources, uncovered = tables.coverage_of_sources(inputs.coverage)
+    assert sources == [("string", "2 of 4"), ("go", "1 of 4")]
+    assert uncovered == sorted([HOSTILE_GENE, "C"])
+    quality = section(page, "quality")
+    assert "<td>string</td><td>2 of 4</td>" in quality
+    assert f"Covered by no source: {', '.join(html.escape(gene) for gene in uncovered)}." in quality
+    assert tables.coverage_of_sources(None) == ([], [])
+
+
+def test_a_report_of_a_dataset_without_priors_says_so() -> None:
+    bare = pd.DataFrame([("A", 0, "average")], columns=["gene", "n_sources", "consequence"])
+    page = build_report(ReportInputs(**{**make_inputs().__dict__, "coverage": bare}))
+    assert "names no prior source" in section(page, "quality")
+    with pytest.raises(InputError, match=r"table coverage.*n_sources"):
+        ReportInputs(**{**make_inputs().__dict__, "coverage": bare[["gene"]]})
 
 
 def test_report_without_optional_parts_still_builds() -> None:

@@ -9,14 +9,17 @@ LIBRARY = Path(workflow.current_basedir).parent / "lib"
 sys.path.insert(0, str(LIBRARY))
 
 from biojepa.config import ConfigError, load_config, machine_has_gpu
+from biojepa.contracts import NO_SPLIT
 from biojepa.imports import code_digest
 from biojepa.models import (
     ORACLES,
     REFERENCES,
     encoder_source,
     is_baseline,
+    is_head,
     resolve_settings,
 )
+from biojepa.prediction_requests import request_file
 
 try:
     CONFIG = load_config(config, Path(workflow.current_basedir).parent / "schemas")
@@ -29,8 +32,8 @@ STATIC = {model for model in CONFIG.models if is_baseline(model)} | set(REFERENC
 
 
 wildcard_constraints:
-    dataset="|".join(DATASETS),
-    split="|".join(SCHEMES),
+    dataset="|".join(CONFIG.all_datasets),
+    split="|".join([*SCHEMES, NO_SPLIT]),
     fold=r"\d+",
     seed=r"\d+",
     model="|".join([*CONFIG.models, *REFERENCES, *ORACLES.values()]),
@@ -57,7 +60,11 @@ def get_raw(wildcards):
 
 def raw_files_of_all():
     return sorted(
-        {path for dataset in DATASETS for path in CONFIG.source(dataset).downloads}
+        {
+            path
+            for dataset in CONFIG.all_datasets
+            for path in CONFIG.source(dataset).downloads
+        }
     )
 
 
@@ -67,6 +74,16 @@ def get_networks(wildcards):
 
 def get_gene_sets(wildcards):
     return CONFIG.source(wildcards.dataset).gene_sets
+
+
+def get_gene_tables(wildcards):
+    return CONFIG.source(wildcards.dataset).gene_tables
+
+
+def get_responses(wildcards):
+    """Cells of the other screens whose responses are prior knowledge."""
+    others = CONFIG.source(wildcards.dataset).responses
+    return [f"results/{other}/preprocess/cells.h5ad" for other in others]
 
 
 def get_pathways(wildcards):
@@ -91,11 +108,21 @@ def folds_of_all(tail):
 
 
 def trainable_models():
-    return [model for model in CONFIG.models if not is_baseline(model)]
+    return [m for m in CONFIG.models if not is_baseline(m) and not is_head(m)]
 
 
 def baseline_models():
     return [model for model in CONFIG.models if is_baseline(model)]
+
+
+def head_models():
+    """Ridge and nearest neighbours on the embedding of a trained model."""
+    return [model for model in CONFIG.models if is_head(model)]
+
+
+def head_sources():
+    """Trained models whose embeddings the heads use."""
+    return list(dict.fromkeys(encoder_source(model) for model in head_models()))
 
 
 def trained_models():
@@ -132,10 +159,18 @@ def files_of_models(wildcards, models, tail):
     return [f"{folder}/{model}/seed{wildcards.seed}/{tail}" for model in models]
 
 
+def train_threads(wildcards):
+    """Threads of all processes of a training."""
+    train = CONFIG.settings(wildcards.dataset, "train")
+    return train["torch_threads"] * train["processes"]
+
+
 def train_gpus(wildcards):
-    """One GPU where the device is cuda, or auto on a machine that has one; else jobs would wait in line."""
-    device = CONFIG.settings(wildcards.dataset, "train")["device"]
-    return int(device == "cuda" or (device == "auto" and machine_has_gpu()))
+    """One GPU a process where the device is cuda, or auto on a machine that has one; else jobs would wait."""
+    train = CONFIG.settings(wildcards.dataset, "train")
+    device = train["device"]
+    on_gpu = device == "cuda" or (device == "auto" and machine_has_gpu())
+    return train["processes"] if on_gpu else 0
 
 
 def prediction_runs(dataset):
@@ -151,6 +186,7 @@ def prediction_runs(dataset):
                 runs.append({"model": model, "fold": fold, "seed": seed})
                 if model in ORACLES:
                     runs.append({"model": ORACLES[model], "fold": fold, "seed": seed})
+            runs += [{"model": m, "fold": fold, "seed": seed} for m in head_models()]
     return runs
 
 
@@ -227,3 +263,41 @@ def evaluations():
 
 def reports():
     return of_all_splits("report.html")
+
+
+def requests_of(split):
+    """What is predicted by models of a scheme: nothing but by those trained on everything."""
+    return CONFIG.predict if split == NO_SPLIT else None
+
+
+def get_request_file(wildcards):
+    """The text file that the key predict names, if it names one."""
+    path = request_file(requests_of(wildcards.get("split", NO_SPLIT)))
+    return [] if path is None else [path]
+
+
+def predicting_model(dataset):
+    """The model under test, which predicts what the config asks for."""
+    return CONFIG.settings(dataset, "evaluate")["model"]
+
+
+def get_predicting_model(wildcards):
+    """The model under test of the first seed, trained on everything."""
+    folder = fold_folder(wildcards.dataset, NO_SPLIT, 0)
+    return f"{folder}/{predicting_model(wildcards.dataset)}/seed{CONFIG.seeds[0]}/train/model.pt"
+
+
+def predictions_asked():
+    """Tables of predictions, where the config asks for any."""
+    asked = DATASETS if CONFIG.predict is not None else []
+    return [f"results/{dataset}/predict/predictions.tsv" for dataset in asked]
+
+
+def require_predictions(wildcards):
+    """The same for the target that makes nothing else, which needs something to be asked for."""
+    if CONFIG.predict is None:
+        raise WorkflowError(
+            "config, key predict: found nothing to predict; expected a list of perturbations, the path of a "
+            "text file, or all. See config/README.md"
+        )
+    return predictions_asked()

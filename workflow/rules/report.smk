@@ -12,6 +12,7 @@ rule report:
         splits_info=get_fold_files("pair/split.json"),
         qc="results/{dataset}/preprocess/qc.tsv",
         perturbations="results/{dataset}/preprocess/perturbations.tsv",
+        coverage=get_fold_files("pair/coverage.tsv"),
         predictions=get_predictions,
         histories=get_training("history.tsv"),
         train_metrics=get_training("metrics.json"),

@@ -1,4 +1,4 @@
-# The simple models of a fold in one job, and each latent model in a job of its own.
+# Each latent model in a job of its own; the simple models of a fold in one job, and so the simple heads.
 
 
 rule train:
@@ -18,7 +18,7 @@ rule train:
         model="|".join(trainable_models()) or "none",
     conda:
         "../../envs/train.yaml"
-    threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
+    threads: train_threads
     resources:
         gpu=train_gpus,
     params:
@@ -55,3 +55,42 @@ rule baselines:
         library=library("baselines"),
     script:
         "../scripts/baselines.py"
+
+
+rule heads:
+    """Fit ridge and nearest neighbours on the embeddings of the trained models of a fold and seed."""
+    input:
+        models=lambda wildcards: files_of_models(
+            wildcards, head_sources(), "train/model.pt"
+        ),
+        cells="results/{dataset}/preprocess/cells.h5ad",
+        split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
+        info="results/{dataset}/{split}/fold{fold}/pair/split.json",
+        pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
+    output:
+        expand(
+            "results/{{dataset}}/{{split}}/fold{{fold}}/{model}/seed{{seed}}/embed/predictions.h5ad",
+            model=head_models(),
+        ),
+    log:
+        "logs/{dataset}/{split}/fold{fold}/heads/seed{seed}.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/{split}/fold{fold}/heads/seed{seed}.tsv"
+    conda:
+        "../../envs/embed.yaml"
+    threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
+    resources:
+        gpu=train_gpus,
+    params:
+        models=head_models(),
+        sources=head_sources(),
+        neighbours=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")[
+            "baselines"
+        ]["neighbours"],
+        torch_threads=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")[
+            "torch_threads"
+        ],
+        device=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["device"],
+        library=library("heads"),
+    script:
+        "../scripts/heads.py"

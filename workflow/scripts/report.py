@@ -43,6 +43,7 @@ def main(snakemake) -> None:
         train_metrics=paths(source.get("train_metrics", [])),
         history_runs=[Run.of(record) for record in params.get("histories", [])],
         umaps=paths(source.get("umap", [])),
+        coverage=paths(source.get("coverage", [])),
     )
     inputs = read_report(
         files,

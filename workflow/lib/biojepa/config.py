@@ -16,9 +16,22 @@ import jsonschema
 import pandas as pd
 import yaml
 
+from biojepa.errors import InputError
+from biojepa.prediction_requests import read_requests
+from biojepa.sizes import with_named_sizes
+
 SIMULATOR = "simulator"
 DOWNLOADS = "resources/datasets"
 SECTIONS = ("download", "preprocess", "pair", "train", "embed", "evaluate")
+FILE_COLUMNS = (
+    "source",
+    "cell_metadata",
+    "guide_table",
+    "networks",
+    "gene_sets",
+    "gene_tables",
+    "pathways",
+)
 SIMULATED_FILES = ("raw.h5ad", "guides.csv", "network.tsv.gz", "gene_sets.gmt")
 
 
@@ -97,7 +110,7 @@ class Source:
     @property
     def screen(self) -> dict[str, str]:
         """What the reader of raw screens is told."""
-        others = ("source", "checksum", "networks", "gene_sets", "pathways")
+        others = ("source", "checksum", "networks", "gene_sets", "gene_tables", "responses", "pathways")
         return {key: value for key, value in self.row.items() if key not in others} | {"path": self.path}
 
     @property
@@ -111,13 +124,23 @@ class Source:
         return _listed(self.row["gene_sets"])
 
     @property
+    def gene_tables(self) -> list[str]:
+        """Tables of gene features that are prior knowledge."""
+        return _listed(self.row["gene_tables"])
+
+    @property
+    def responses(self) -> list[str]:
+        """Other datasets whose responses are prior knowledge."""
+        return _listed(self.row["responses"])
+
+    @property
     def pathways(self) -> list[str]:
         """Gene sets of the enrichment, one file or none."""
         return _listed(self.row["pathways"])
 
     def missing_files(self) -> list[tuple[str, str]]:
         """Columns and local files that should exist now and do not."""
-        columns = ("cell_metadata", "guide_table", "networks", "gene_sets", "pathways")
+        columns = ("cell_metadata", "guide_table", "networks", "gene_sets", "gene_tables", "pathways")
         named = [(column, path) for column in columns for path in _listed(self.row[column])]
         if not self.is_simulated and not self.is_remote:
             named.insert(0, ("source", self.path))
@@ -140,7 +163,7 @@ class Config:
     content
         Config with all defaults filled in.
     sources
-        Dataset name to its row, for the datasets to run.
+        Dataset name to its row, for the datasets to run and those whose responses they use.
     """
 
     content: Mapping[str, Any]
@@ -150,6 +173,16 @@ class Config:
     def datasets(self) -> list[str]:
         """Datasets to run."""
         return list(self.content["run"])
+
+    @property
+    def all_datasets(self) -> list[str]:
+        """Datasets to run, and those that are preprocessed because their responses are used."""
+        return list(self.sources)
+
+    @property
+    def predict(self) -> list[str] | str | None:
+        """What to predict with a model trained on everything, as the config has it."""
+        return self.content["predict"]
 
     @property
     def schemes(self) -> list[str]:
@@ -194,7 +227,7 @@ class Config:
         overrides = self.content["overrides"]
         return {
             name: {key: _merge(self.content[key], overrides.get(name, {}).get(key, {})) for key in SECTIONS}
-            for name in self.datasets
+            for name in self.sources
         }
 
 
@@ -228,7 +261,7 @@ def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
             problems += _problems(override, partial, f"config, overrides.{name}")
     if problems:
         raise ConfigError(_listing(problems))
-    content = _with_defaults(content, schema)
+    content = _with_defaults(_with_sizes(content), schema)
     sources = _read_sources(content, _read_schema(Path(schemas) / "datasets.schema.yaml"))
     resolved = Config(content, sources)
     problems = list(_contradictions(resolved))
@@ -240,7 +273,7 @@ def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
 def _contradictions(config: Config) -> Iterator[str]:
     """Yield what a schema cannot see."""
     # Imported here: models.py reads contracts only, but config.py stands before both in the flow.
-    from biojepa.models import encoder_source, is_baseline
+    from biojepa.models import encoder_source, is_baseline, is_head
 
     for model in config.models:
         needed = None if is_baseline(model) else encoder_source(model)
@@ -264,6 +297,37 @@ def _contradictions(config: Config) -> Iterator[str]:
             )
         if len(config.source(dataset).pathways) > 1:
             yield f"{config.content['datasets']}, row {dataset}, column pathways: expected one GMT file"
+        yield from _same_screens(config, dataset)
+        untrained = is_baseline(tested) or is_head(tested)
+        if config.predict is not None and tested in config.models and untrained:
+            yield (
+                f"config, predict: the model under test, evaluate.model, is {tested}; expected a trained "
+                "model such as biojepa"
+            )
+    for dataset in set(config.all_datasets) - set(config.datasets):
+        yield from _unusable_address(config.source(dataset), config.content["datasets"])
+        for column, path in config.source(dataset).missing_files():
+            yield f"{config.content['datasets']}, row {dataset}, column {column}: no file {path}"
+    try:
+        read_requests(config.predict)
+    except InputError as error:
+        yield str(error)
+
+
+def _same_screens(config: Config, dataset: str) -> Iterator[str]:
+    """Yield datasets among ``responses`` that are this very screen under another name: a leak."""
+    own = config.source(dataset)
+    for name in own.responses:
+        other = config.source(name)
+        same = other.path == own.path
+        if own.is_simulated and other.is_simulated:
+            settings = [config.settings(one, "download")["simulator"] for one in (dataset, name)]
+            same = settings[0] == settings[1]
+        if same:
+            yield (
+                f"{config.content['datasets']}, row {dataset}, column responses: {name} is the same screen, "
+                "so that held-out perturbations would be given away; expected another screen"
+            )
 
 
 def _impossible_sizes(train: Mapping[str, Any]) -> Iterator[str]:
@@ -277,6 +341,18 @@ def _impossible_sizes(train: Mapping[str, Any]) -> Iterator[str]:
     for key, width, heads in widths:
         if width % heads:
             yield f"config, train.{key}: found {width}; expected a multiple of the {heads} heads"
+    processes, batch = train["processes"], encoder["batch_size"]
+    shares = encoder["accumulate"] * processes
+    if batch % shares or batch < 2 * encoder["accumulate"]:
+        yield (
+            f"config, train.encoder.batch_size: found {batch}; expected a multiple of {shares}, "
+            "accumulate times processes, with at least 2 cells in a micro-batch"
+        )
+    if train["stages"] == "joint" and predictor["batch_size"] % processes:
+        yield (
+            f"config, train.predictor.batch_size: found {predictor['batch_size']}; expected a multiple "
+            f"of the {processes} processes, which share it in joint training"
+        )
     if encoder["mask_low"] > encoder["mask_high"]:
         yield (
             f"config, train.encoder.mask_low: found {encoder['mask_low']}; expected at most mask_high, "
@@ -320,14 +396,16 @@ def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict
     for name in content["overrides"]:
         if name not in known:
             raise ConfigError(f"config, overrides.{name}: expected a dataset of {path}: {', '.join(known)}")
-    for name in content["run"]:
+    wanted = [(name, "config, run") for name in content["run"]]
+    for name, where in wanted:
+        if name in sources:
+            continue
         rows = table[table["dataset"] == name]
         if len(rows) != 1:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"config, run: {name} is in {len(rows)} rows of {path}; expected one of "
-                f"{', '.join(known)}.{hint}"
+                f"{where}: {name} is in {len(rows)} rows of {path}; expected one of {', '.join(known)}.{hint}"
             )
         row = {key: value for key, value in rows.iloc[0].to_dict().items() if value != ""}
         problems = list(_problems(row, schema, f"{path}, row {name}"))
@@ -336,11 +414,18 @@ def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict
         row = _with_defaults(row, schema)
         places = {"{data_dir}": content["data_dir"], "{download}": f"{DOWNLOADS}/{name}"}
         for key, value in row.items():
-            if key in ("source", "cell_metadata", "guide_table", "networks", "gene_sets", "pathways"):
+            if key in FILE_COLUMNS:
                 for placeholder, folder in places.items():
                     value = value.replace(placeholder, folder)
                 row[key] = value.removeprefix("file://") if key == "source" else value
         sources[name] = Source(row)
+        if name in sources[name].responses:
+            raise ConfigError(
+                f"{path}, row {name}, column responses: found the dataset itself; expected other screens, "
+                "since a screen must not predict itself"
+            )
+        if name in content["run"]:
+            wanted += [(other, f"{path}, row {name}, column responses") for other in sources[name].responses]
     return sources
 
 
@@ -365,6 +450,16 @@ def _problems(content: Any, schema: Mapping[str, Any], where: str) -> Iterator[s
         else:
             described = error.schema.get("description", "") if isinstance(error.schema, Mapping) else ""
             yield f"{place}: {error.message}. {described}".strip()
+
+
+def _with_sizes(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the sizes that ``train.model`` names, of the config and of each override; written keys win."""
+    train = content.get("train", {})
+    overrides = {
+        name: {**part, "train": with_named_sizes(_merge(train, part["train"]))} if "train" in part else part
+        for name, part in content.get("overrides", {}).items()
+    }
+    return {**content, "train": with_named_sizes(train), "overrides": overrides}
 
 
 def _with_defaults(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:

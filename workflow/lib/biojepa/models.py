@@ -3,9 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from biojepa.contracts import LINEAR_BASELINES
+
+# The three questions of the ablation, in the order of its table.
+HEADS = ("ridge", "knn", "predictor")
+PRIOR_SUFFIXES = {"given": "", "none": "_noprior", "shuffled": "_shuffled"}
+# Embedding to the trained model that holds it.
+EMBEDDING_SOURCES = {"pca": "pca_predictor", "untrained": "untrained_predictor", "biojepa": "biojepa"}
+
+
+@dataclass(frozen=True)
+class AblationModel:
+    """One cell of the ablation: a frozen embedding, a head on top of it, and the priors that the head gets.
+
+    Attributes
+    ----------
+    embedding
+        ``pca``, ``untrained`` or ``biojepa``.
+    head
+        ``ridge``, ``knn`` or ``predictor``: what predicts the change of the tokens.
+    priors
+        ``given``, ``none`` or ``shuffled`` among the genes.
+    """
+
+    embedding: str
+    head: str
+    priors: str
+
+    @property
+    def name(self) -> str:
+        """Value of the wildcard ``{model}``."""
+        return f"{self.embedding}_{self.head}{PRIOR_SUFFIXES[self.priors]}"
+
+    @property
+    def source(self) -> str:
+        """Trained model that holds the embedding."""
+        return EMBEDDING_SOURCES[self.embedding]
+
+
+ABLATION_MODELS = {
+    model.name: model
+    for model in (
+        AblationModel(embedding, head, priors)
+        for head in HEADS
+        for priors in PRIOR_SUFFIXES
+        for embedding in EMBEDDING_SOURCES
+    )
+}
+# Ridge and nearest neighbours are fitted together; the predictors are trained, below.
+HEAD_MODELS = {name: model for name, model in ABLATION_MODELS.items() if model.head != "predictor"}
 
 # Departures from the section `train` of the config; `encoder_of` names the model whose encoder is reused.
 LATENT_MODELS: dict[str, dict[str, Any]] = {
@@ -15,9 +64,23 @@ LATENT_MODELS: dict[str, dict[str, Any]] = {
     "biojepa_predictor_shuffled": {"linear_branch": False, "priors": "shuffled", "encoder_of": "biojepa"},
     "shuffled_priors": {"priors": "shuffled", "encoder_of": "biojepa"},
     "pca_predictor": {"embedding": "pca", "linear_branch": False},
+    "pca_predictor_noprior": {
+        "embedding": "pca", "linear_branch": False, "priors": "none", "encoder_of": "pca_predictor",
+    },
+    "pca_predictor_shuffled": {
+        "embedding": "pca", "linear_branch": False, "priors": "shuffled", "encoder_of": "pca_predictor",
+    },
     "untrained_predictor": {"embedding": "untrained", "linear_branch": False},
+    "untrained_predictor_noprior": {
+        "embedding": "untrained", "linear_branch": False, "priors": "none",
+        "encoder_of": "untrained_predictor",
+    },
+    "untrained_predictor_shuffled": {
+        "embedding": "untrained", "linear_branch": False, "priors": "shuffled",
+        "encoder_of": "untrained_predictor",
+    },
     "biojepa_flat": {"encoder": {"regularizer": "flat"}},
-}
+}  # fmt: skip
 ORACLES = {"biojepa": "oracle", "pca_predictor": "oracle_pca"}
 REFERENCES = ("duplicate", "interpolated_duplicate")
 
@@ -27,13 +90,20 @@ def is_baseline(model: str) -> bool:
     return model in LINEAR_BASELINES
 
 
+def is_head(model: str) -> bool:
+    """Whether the model is a ridge or nearest neighbours on the embedding of a trained one."""
+    return model in HEAD_MODELS
+
+
 def known_models() -> list[str]:
     """Names that the config may list under ``models``."""
-    return [*LINEAR_BASELINES, *LATENT_MODELS]
+    return [*LINEAR_BASELINES, *LATENT_MODELS, *HEAD_MODELS]
 
 
 def encoder_source(model: str) -> str | None:
     """Name of the model whose trained encoder this one reuses, or ``None``."""
+    if is_head(model):
+        return HEAD_MODELS[model].source
     return LATENT_MODELS[model].get("encoder_of")
 
 

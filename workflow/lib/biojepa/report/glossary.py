@@ -9,7 +9,7 @@ import pandas as pd
 
 from biojepa import contracts
 from biojepa.evaluation.metrics import METRICS, PATHWAY_CORRELATION
-from biojepa.models import LATENT_MODELS
+from biojepa.models import ABLATION_MODELS, LATENT_MODELS
 
 HEADLINE, COMBINATION, SECONDARY = "headline", "combination", "secondary"
 REPRESENTATION, LEGACY = "representation", "legacy"
@@ -206,6 +206,11 @@ _MODELS = {
 }
 
 
+EMBEDDING_LABELS = {"biojepa": "BioJEPA", "pca": "PCA", "untrained": "Untrained encoder"}
+HEAD_LABELS = {"ridge": "Ridge", "knn": "Nearest neighbours", "predictor": "Latent predictor"}
+PRIOR_LABELS = {"given": "with priors", "none": "no priors", "shuffled": "shuffled priors"}
+
+
 @dataclass(frozen=True)
 class ModelText:
     """How a model is shown: name in the tables, label, group and one line of explanation."""
@@ -218,7 +223,7 @@ class ModelText:
 
 def model_text(name: str, main_model: str = "biojepa") -> ModelText:
     """Return how a model is shown; a user's own model keeps its name and joins the other models."""
-    label, about = _MODELS.get(name, (name, ""))
+    label, about = _MODELS.get(name) or _ablation_text(name)
     if name == main_model:
         group = MAIN
     elif name in contracts.POSITIVE_CONTROLS:
@@ -232,6 +237,18 @@ def model_text(name: str, main_model: str = "biojepa") -> ModelText:
     else:
         group = OTHER
     return ModelText(name, label, group, about)
+
+
+def _ablation_text(name: str) -> tuple[str, str]:
+    """Return label and explanation of a cell of the ablation; the bare name for any other model."""
+    model = ABLATION_MODELS.get(name)
+    if model is None:
+        return name, ""
+    embedding, head = EMBEDDING_LABELS[model.embedding], HEAD_LABELS[model.head].lower()
+    label = f"{embedding} + {head}"
+    if model.priors != "given":
+        label += f", {PRIOR_LABELS[model.priors]}"
+    return label, f"ablation: {head} on the embedding {embedding}, {PRIOR_LABELS[model.priors]}"
 
 
 CATEGORY_LABELS = {

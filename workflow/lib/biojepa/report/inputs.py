@@ -53,6 +53,8 @@ class ReportInputs:
         Tables of ``preprocess``.
     umap
         ``cell, umap_1, umap_2, perturbation, set, batch`` and, where there are several, ``run``.
+    coverage
+        Which prior source covers which perturbed gene: ``coverage.tsv`` of all folds.
     histories, train_metrics
         Training curves and numbers by run, such as ``biojepa fold0 seed0``.
     profiles
@@ -83,6 +85,7 @@ class ReportInputs:
     qc: pd.DataFrame
     perturbations: pd.DataFrame
     umap: pd.DataFrame | None = None
+    coverage: pd.DataFrame | None = None
     histories: dict[str, pd.DataFrame] = field(default_factory=dict)
     train_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     profiles: dict[str, Profile] = field(default_factory=dict)
@@ -104,6 +107,8 @@ class ReportInputs:
         }
         if self.umap is not None:
             required["umap"] = UMAP_COLUMNS
+        if self.coverage is not None:
+            required["coverage"] = ("gene", "n_sources", "consequence")
         for name, columns in required.items():
             require_columns(getattr(self, name), columns, f"report of {self.dataset}, table {name}")
         if not (self.summary["category"] == contracts.ALL_CATEGORIES).any():

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from biojepa import contracts
 from biojepa.evaluation.verdict import BETTER, CANNOT_TELL, NOT_EVALUATED, SAME, WORSE
-from biojepa.report import figures, figures_detail, figures_quality, figures_training, tables
+from biojepa.report import ablation, figures, figures_detail, figures_quality, figures_training, tables
 from biojepa.report.explorer import explorer_data
 from biojepa.report.glossary import model_text
 from biojepa.report.inputs import ReportInputs
@@ -85,6 +85,9 @@ def build_report(inputs: ReportInputs) -> str:
     tables beside it. Equal inputs give equal bytes.
     """
     sections = _sections(inputs)
+    compared = ablation.ablation_view(inputs)
+    if compared:
+        sections["ablation"] = [compared["figure"]]
     drawn = [figure for group in sections.values() for figure in group]
     data = {
         "figures": {
@@ -109,10 +112,12 @@ def build_report(inputs: ReportInputs) -> str:
             other=tables.score_table(inputs, tables.other_metrics(inputs)),
             legacy=tables.score_table(inputs, tables.legacy_metrics(inputs)),
             figures=sections,
+            ablation=compared,
             data=embedded_json(data),
             qc_columns=list(inputs.qc.columns),
             qc_rows=_records(inputs.qc),
             flags=_flags(inputs.perturbations),
+            coverage=tables.coverage_of_sources(inputs.coverage),
             curve_key=figures_training.curve_key(inputs),
             runs=_run_table(inputs.train_metrics),
             provenance=_key_values(inputs.provenance),

@@ -59,6 +59,7 @@ class ReportFiles:
     train_metrics: list[Path] = field(default_factory=list)
     history_runs: list[Run] = field(default_factory=list)
     umaps: list[Path] = field(default_factory=list)
+    coverage: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for files, runs, name in (
@@ -125,7 +126,8 @@ def read_report(
         splits=splits,
         qc=_table(files.qc),
         perturbations=_table(files.perturbations),
-        umap=_umaps(files.umaps),
+        umap=_stacked(files.umaps),
+        coverage=_stacked(files.coverage),
         histories={
             str(run): _table(path) for run, path in zip(files.history_runs, files.histories, strict=True)
         },
@@ -149,7 +151,7 @@ def _table(path: Path) -> pd.DataFrame:
     return read_tsv(path)
 
 
-def _umaps(paths: list[Path]) -> pd.DataFrame | None:
+def _stacked(paths: list[Path]) -> pd.DataFrame | None:
     return pd.concat([_table(path) for path in paths], ignore_index=True) if paths else None
 
 
@@ -352,7 +354,7 @@ def _sentinels(
 def _downloads(files: ReportFiles, page: Path) -> list[dict[str, str]]:
     """Return relative links to the tables behind the page."""
     listed = [files.metrics, files.summary, files.enrichment, files.verdict, files.observed]
-    listed += [files.qc, files.perturbations, *files.histories, *files.predictions]
+    listed += [files.qc, files.perturbations, *files.coverage, *files.histories, *files.predictions]
     links = []
     for path in listed:
         relative = Path(os.path.relpath(path, page.parent)).as_posix()

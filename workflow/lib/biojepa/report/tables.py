@@ -300,6 +300,24 @@ def headline_frame(inputs: ReportInputs) -> pd.DataFrame:
     return rows.reset_index(drop=True)
 
 
+def coverage_of_sources(coverage: pd.DataFrame | None) -> tuple[list[tuple[str, str]], list[str]]:
+    """Say how many perturbed genes each prior source covers, in all folds, and which no source does.
+
+    Returns
+    -------
+    sources
+        Name and ``covered of all``.
+    uncovered
+        Genes that no source covers in some fold, sorted.
+    """
+    if coverage is None or coverage.empty:
+        return [], []
+    names = [name for name in coverage.columns if name not in ("gene", "n_sources", "consequence")]
+    genes = coverage.groupby("gene")[["n_sources", *names]].min()
+    sources = [(name, f"{format_count(genes[name].sum())} of {format_count(len(genes))}") for name in names]
+    return sources, sorted(genes.index[genes["n_sources"] == 0].astype(str))
+
+
 def legacy_metrics(inputs: ReportInputs) -> list[str]:
     """Return the legacy metrics that were computed."""
     return metrics_of_role(inputs, LEGACY)

@@ -1,0 +1,81 @@
+"""Write the ablation of finished runs as Markdown: embeddings under the same head and the same priors.
+
+    python benchmarks/ablation_table.py RESULTS_FOLDER [RESULTS_FOLDER ...]
+
+Question: does the trained encoder add anything to principal components, or to its own random start?
+Method: scores of ``evaluate/metrics.tsv``, means over held-out perturbations with 95 % bootstrap intervals,
+and paired differences over the same perturbations. Units: those of the metric. ``write_results.py`` puts
+the same lines into ``docs/results.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "workflow" / "lib"))
+
+from biojepa.evaluation.verdict import DECIDING  # noqa: E402
+from biojepa.report.ablation import (  # noqa: E402
+    EMBEDDINGS,
+    OTHERS,
+    Estimate,
+    ablation_sentence,
+    compare_embeddings,
+)
+from biojepa.report.glossary import EMBEDDING_LABELS, metric_text  # noqa: E402
+
+
+def ablation_lines(metrics: pd.DataFrame) -> Iterator[str]:
+    """Yield one table per deciding metric and its sentence; nothing without a complete comparison.
+
+    ``metrics`` has the columns of ``metrics.tsv``.
+    """
+    for name in DECIDING:
+        table = compare_embeddings(metrics, name)
+        if not table.complete:
+            continue
+        columns = [EMBEDDING_LABELS[embedding] for embedding in EMBEDDINGS]
+        columns += [f"{columns[0]} − {EMBEDDING_LABELS[other]}" for other in OTHERS]
+        yield f"Ablation, {metric_text(name).label}:"
+        yield ""
+        yield f"| head and priors | {' | '.join(columns)} |"
+        yield "| --- |" + " ---: |" * len(columns)
+        for row in table.rows:
+            fields = [_field(row.scores.get(embedding), ".2f") for embedding in EMBEDDINGS]
+            fields += [_field(row.gains.get(other), "+.3f") for other in OTHERS]
+            yield f"| {row.label} | {' | '.join(fields)} |"
+        yield ""
+        yield ablation_sentence(table)
+        yield ""
+
+
+def _field(estimate: Estimate | None, form: str) -> str:
+    if estimate is None:
+        return "–"
+    if math.isnan(estimate.low):
+        return f"{estimate.mean:{form}}"
+    return f"{estimate.mean:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
+
+
+def main() -> None:
+    """Write the tables of all datasets and splits to standard output."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="+", type=Path)
+    for results in parser.parse_args().results:
+        for path in sorted(results.glob("*/*/evaluate/metrics.tsv")):
+            lines = list(ablation_lines(pd.read_csv(path, sep="\t")))
+            if lines:
+                print(f"## {path.parts[-4]}, split by {path.parts[-3]}", "", *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
