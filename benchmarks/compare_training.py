@@ -22,13 +22,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow" / "lib"))
@@ -128,8 +131,9 @@ def predicted(model: TrainedModel, fold: Fold) -> np.ndarray:
     return share * model.linear_change(asked[0]) + model.weight * model.latent_change(*asked)
 
 
-def measure(fold: Fold, names: list[str], threads: int) -> list[dict[str, Any]]:
+def measure(folder: Path, number: int, group: str, names: list[str], threads: int) -> list[dict[str, Any]]:
     """Score all variants on one fold, one row per variant and label."""
+    fold = Fold.read(folder, number, group)
     rows: list[dict[str, Any]] = []
 
     def note(name: str, change: np.ndarray, weight: float | None = None) -> None:
@@ -184,7 +188,8 @@ def main() -> None:
     parser.add_argument("--folds", nargs="+", type=int, default=[0])
     parser.add_argument("--labels", choices=(TEST, VAL), default=TEST)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of a training; trainings run side by side")
+    parser.add_argument("--workers", type=int, default=1, help="folds measured at a time")
     parser.add_argument("--name", required=True)
     arguments = parser.parse_args()
     if REFERENCE not in arguments.variants:
@@ -196,12 +201,13 @@ def main() -> None:
     arguments.cells = [Path(screen) / "preprocess" / "cells.h5ad" for screen in arguments.screens]
     require_files(parser, arguments.cells)
     made_by = provenance(__file__, arguments)
-    rows: list[dict[str, Any]] = []
-    for screen in arguments.screens:
-        for fold in arguments.folds:
-            rows += measure(
-                Fold.read(Path(screen), fold, arguments.labels), arguments.variants, arguments.threads
-            )
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(measure, Path(screen), fold, arguments.labels, arguments.variants, arguments.threads)
+            for screen in arguments.screens
+            for fold in arguments.folds
+        ]
+        rows = [row for job in tqdm(jobs, "folds") for row in job.result()]
     write_result(arguments.name, made_by, summarize(pd.DataFrame(rows)))
 
 

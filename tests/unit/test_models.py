@@ -75,7 +75,7 @@ def test_every_model_is_a_baseline_or_a_simple_head_or_trained():
     assert {*ORACLES.values(), *REFERENCES} == set(POSITIVE_CONTROLS)
 
 
-def test_the_ablation_has_its_27_names_and_each_uses_one_embedding():
+def test_the_ablation_has_its_30_names_and_each_uses_one_embedding():
     sources = {"pca": "pca_predictor", "untrained": "untrained_predictor", "biojepa": "biojepa"}
     expected = {
         f"{embedding}_{head}{suffix}": source
@@ -83,16 +83,17 @@ def test_the_ablation_has_its_27_names_and_each_uses_one_embedding():
         for head in ("ridge", "knn", "predictor")
         for suffix in ("", "_noprior", "_shuffled")
     }
-    assert len(expected) == 27
+    expected |= {"biojepa": "biojepa", "pca": "pca_predictor", "untrained": "untrained_predictor"}
+    assert len(expected) == 30
     assert set(ABLATION_MODELS) == set(expected) <= set(known_models())
     for name, source in expected.items():
-        assert is_head(name) == ("_predictor" not in name)
+        assert is_head(name) == ("_ridge" in name or "_knn" in name)
         assert encoder_source(name) == (None if name == source else source)
         model = ABLATION_MODELS[name]
         if not is_head(name):
             settings = TrainSettings.from_config(resolve_settings(name, TRAIN))
             assert settings.embedding == model.embedding.replace("biojepa", "jepa")
-            assert (settings.priors, settings.linear_branch) == (model.priors, False)
+            assert (settings.priors, settings.linear_branch) == (model.priors, model.head == "full")
 
 
 def test_reading_the_names_imports_neither_torch_nor_scanpy():

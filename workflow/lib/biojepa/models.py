@@ -9,7 +9,7 @@ from typing import Any
 from biojepa.contracts import LINEAR_BASELINES
 
 # The three questions of the ablation, in the order of its table.
-HEADS = ("ridge", "knn", "predictor")
+HEADS = ("full", "ridge", "knn", "predictor")
 PRIOR_SUFFIXES = {"given": "", "none": "_noprior", "shuffled": "_shuffled"}
 # Embedding to the trained model that holds it.
 EMBEDDING_SOURCES = {"pca": "pca_predictor", "untrained": "untrained_predictor", "biojepa": "biojepa"}
@@ -24,7 +24,8 @@ class AblationModel:
     embedding
         ``pca``, ``untrained`` or ``biojepa``.
     head
-        ``ridge``, ``knn`` or ``predictor``: what predicts the change of the tokens.
+        ``ridge``, ``knn`` or ``predictor``: what predicts the change of the tokens; ``full`` is all that
+        the default configuration puts on its embedding, and is always given the priors.
     priors
         ``given``, ``none`` or ``shuffled`` among the genes.
     """
@@ -36,6 +37,8 @@ class AblationModel:
     @property
     def name(self) -> str:
         """Value of the wildcard ``{model}``."""
+        if self.head == "full":
+            return self.embedding
         return f"{self.embedding}_{self.head}{PRIOR_SUFFIXES[self.priors]}"
 
     @property
@@ -51,10 +54,11 @@ ABLATION_MODELS = {
         for head in HEADS
         for priors in PRIOR_SUFFIXES
         for embedding in EMBEDDING_SOURCES
+        if head != "full" or priors == "given"
     )
 }
-# Ridge and nearest neighbours are fitted together; the predictors are trained, below.
-HEAD_MODELS = {name: model for name, model in ABLATION_MODELS.items() if model.head != "predictor"}
+# Ridge and nearest neighbours are fitted together; the others are trained, below.
+HEAD_MODELS = {name: model for name, model in ABLATION_MODELS.items() if model.head in ("ridge", "knn")}
 
 # Departures from the section `train` of the config; `encoder_of` names the model whose encoder is reused.
 LATENT_MODELS: dict[str, dict[str, Any]] = {
@@ -63,6 +67,7 @@ LATENT_MODELS: dict[str, dict[str, Any]] = {
     "biojepa_predictor_noprior": {"linear_branch": False, "priors": "none", "encoder_of": "biojepa"},
     "biojepa_predictor_shuffled": {"linear_branch": False, "priors": "shuffled", "encoder_of": "biojepa"},
     "shuffled_priors": {"priors": "shuffled", "encoder_of": "biojepa"},
+    "pca": {"embedding": "pca", "encoder_of": "pca_predictor"},
     "pca_predictor": {"embedding": "pca", "linear_branch": False},
     "pca_predictor_noprior": {
         "embedding": "pca", "linear_branch": False, "priors": "none", "encoder_of": "pca_predictor",
@@ -70,6 +75,7 @@ LATENT_MODELS: dict[str, dict[str, Any]] = {
     "pca_predictor_shuffled": {
         "embedding": "pca", "linear_branch": False, "priors": "shuffled", "encoder_of": "pca_predictor",
     },
+    "untrained": {"embedding": "untrained", "encoder_of": "untrained_predictor"},
     "untrained_predictor": {"embedding": "untrained", "linear_branch": False},
     "untrained_predictor_noprior": {
         "embedding": "untrained", "linear_branch": False, "priors": "none",

@@ -16,7 +16,7 @@ from biojepa.evaluation.resampling import WholeModelScores, interval, make_scope
 from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.evaluation.statistics import MetricTable, metric_tables, paired_difference
 from biojepa.evaluation.verdict import BETTER, DECIDING, SAME, WORSE
-from biojepa.models import ABLATION_MODELS, HEADS, PRIOR_SUFFIXES, AblationModel
+from biojepa.models import ABLATION_MODELS, AblationModel
 from biojepa.report.figures import Caption, Figure, Spec, line, number, numbers
 from biojepa.report.glossary import EMBEDDING_LABELS, HEAD_LABELS, PRIOR_LABELS, metric_text
 from biojepa.report.inputs import ReportInputs
@@ -119,7 +119,8 @@ def compare_embeddings(
     found = metric_tables(wanted, WholeModelScores(scope), {metric: METRICS[metric]}, scope)
     if not found:
         return EmbeddingTable(metric, ())
-    rows = (_row(found[0], head, priors, settings.confidence) for head in HEADS for priors in PRIOR_SUFFIXES)
+    kinds = dict.fromkeys((model.head, model.priors) for model in ABLATION_MODELS.values())
+    rows = (_row(found[0], head, priors, settings.confidence) for head, priors in kinds)
     return EmbeddingTable(metric, tuple(row for row in rows if row.gains))
 
 

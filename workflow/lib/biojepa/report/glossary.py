@@ -184,7 +184,7 @@ _MODELS = {
     "ridge": ("Prior ridge", "ridge regression on the prior codes of the perturbed genes"),
     "kernel_ridge": (
         "Kernel ridge",
-        "additive kernel ridge on perturbed genes and prior codes: BioJEPA's linear branch alone",
+        "additive kernel ridge on perturbed genes and prior codes, without any embedding",
     ),
     "knn": ("Nearest neighbours", "mean of the training perturbations nearest in the prior codes"),
     "biojepa_predictor": ("Predictor alone", "the latent predictor alone"),
@@ -193,6 +193,8 @@ _MODELS = {
         "Predictor, shuffled priors",
         "latent predictor, priors on the wrong genes",
     ),
+    "pca": ("PCA + full model", "all of BioJEPA, on principal components in place of the encoder"),
+    "untrained": ("Untrained + full model", "all of BioJEPA, on the encoder at its random start"),
     "pca_predictor": ("PCA + predictor", "principal components in place of the encoder"),
     "untrained_predictor": ("Untrained + predictor", "the encoder at its random start"),
     "biojepa_flat": ("BioJEPA, flat loss", "regularizer over flattened tokens"),
@@ -207,7 +209,12 @@ _MODELS = {
 
 
 EMBEDDING_LABELS = {"biojepa": "BioJEPA", "pca": "PCA", "untrained": "Untrained encoder"}
-HEAD_LABELS = {"ridge": "Ridge", "knn": "Nearest neighbours", "predictor": "Latent predictor"}
+HEAD_LABELS = {
+    "full": "Full model",
+    "ridge": "Ridge",
+    "knn": "Nearest neighbours",
+    "predictor": "Latent predictor",
+}
 PRIOR_LABELS = {"given": "with priors", "none": "no priors", "shuffled": "shuffled priors"}
 
 
