@@ -36,6 +36,8 @@ def run_joint(
         case.cells,
         case.classes,
         membership,
+        torch.from_numpy(case.pairs.type_code.astype("int64")),
+        torch.from_numpy(case.pairs.dose),
         torch.from_numpy(case.train),
         settings,
         7,

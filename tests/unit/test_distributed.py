@@ -71,6 +71,15 @@ def test_two_processes_give_the_weights_of_one(both, name):
         assert row == pytest.approx(wanted, rel=2e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["default", "sigreg", "shared"])
+def test_two_processes_give_the_gradients_of_one(both, name):
+    ours, theirs = both[0][name]["gradients"], both[1][name]["gradients"]
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    for key in ours:
+        torch.testing.assert_close(theirs[key], ours[key], atol=1e-5, rtol=1e-3)
+    assert max(float(value.abs().max()) for value in ours.values()) > 0.05
+
+
 def test_without_torchrun_there_is_one_process_and_nothing_is_shared():
     assert (distributed.world_size(), distributed.rank(), distributed.is_main()) == (1, 0, True)
     x = torch.randn(4, 3, requires_grad=True)

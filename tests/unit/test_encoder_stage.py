@@ -7,13 +7,15 @@ import math
 import pytest
 import torch
 from encoder_case import EncoderCase, encoder_settings
+from torch import nn
 from torch.nn import functional as F
 
-from biojepa.collapse import CollapseError, statistics
+from biojepa.collapse import CollapseError, DivergenceError, statistics
+from biojepa.model import targets
 from biojepa.model.masks import gene_mask
 from biojepa.model.predictor import JEPAPredictor
 from biojepa.training import encoder_stage
-from biojepa.training.encoder_stage import EncoderSettings
+from biojepa.training.encoder_stage import EncoderSettings, _action_loss
 from biojepa.training.gene_modules import gene_modules
 from biojepa.training.optimization import Execution
 
@@ -60,13 +62,13 @@ def test_the_default_is_the_written_out_loop(case):
         for group in optimizer.param_groups:  # a tenth of 6 steps is one of warm-up
             group["lr"] = 1e-3 * (1 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 5)))
         optimizer.step()
-        momentum = 1 - 0.004 * (math.cos(math.pi * step / 6) + 1) / 2
+        momentum = min(1 - 0.004 * (math.cos(math.pi * step / 6) + 1) / 2, (1 + step) / (10 + step))
         with torch.no_grad():
             for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
                 old.copy_(momentum * old + (1 - momentum) * new)
     assert rows[-1]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     for name, value in teacher.state_dict().items():
-        torch.testing.assert_close(kept[name], value, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(kept[name], value, atol=1e-4, rtol=1e-3)
 
 
 OPTIONS = {
@@ -269,10 +271,33 @@ def test_an_unknown_choice_is_refused(key, value):
         EncoderSettings(**{key: value})
 
 
-def test_the_flattened_textbook_objective_collapses_and_is_stopped(case):
+def test_a_training_that_diverges_is_stopped_with_a_message(case):
+    with pytest.raises(DivergenceError, match=r"encoder diverged by step \d+: the loss is .*learning_rate"):
+        case.run(encoder_settings(learning_rate=1e18, monitor_every=5))
+
+
+def test_the_action_term_names_the_perturbation_relative_to_the_controls_of_the_batch():
+    context = torch.tensor([[1.0, 0.0], [3.0, 0.0], [4.0, 1.0], [2.0, -3.0]])[:, None]
+    classes = torch.tensor([-1, -1, 0, 1])
+    action = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        action.weight.copy_(torch.eye(2))
+    # Controls average to (2, 0): the two perturbed cells are moved by (2, 1) and (0, -3).
+    expected = (math.log1p(math.exp(1 - 2)) + math.log1p(math.exp(0 + 3))) / 2
+    assert float(_action_loss(context, classes, action)) == pytest.approx(expected, rel=1e-5)
+    assert float(_action_loss(context[:2], classes[:2], action)) == 0.0
+
+
+def test_the_flattened_textbook_objective_collapses_and_is_stopped(case, monkeypatch):
     textbook = OPTIONS["textbook"] | {"target": "shared_stop_gradient", "learning_rate": 5e-3, "steps": 100}
     with pytest.raises(CollapseError, match=r"by step \d+: .*per_token"):
         case.run(encoder_settings(monitor_every=50, **textbook))
+    # A teacher whose average looks back further than the training hides the collapse of its student.
+    late = textbook | {"target": "ema"}
+    monkeypatch.setattr(targets, "ema_momentum", targets.ema_decay)
+    with pytest.raises(CollapseError, match=r"by step \d+: .*per_token"):
+        case.run(encoder_settings(monitor_every=50, **late))
+    monkeypatch.undo()
     # The same cells, steps and rate with the default objective are healthy.
     rows, _ = case.run(encoder_settings(monitor_every=50, learning_rate=5e-3, steps=100))
     assert rows[-1]["std_cells"] > 0.5

@@ -235,13 +235,13 @@ def test_a_conditional_predictor_is_told_the_condition():
     torch.testing.assert_close(loss, model.regularizer(model.predictor(z, told[:, :1]), goal, z, goal)[0])
 
 
-def test_embedding_takes_the_average_where_there_is_one_and_no_gradient_or_dropout():
+def test_embedding_takes_the_encoder_of_the_targets_and_no_gradient_or_dropout():
     x = torch.randn(4, 30)
     for kind in ("ema", "shared_stop_gradient", "separate"):
         encoder = GeneExpressionEncoder(30, (16,), 4, 16, 1, 2, dropout=0.5)
         model = JEPA(encoder, JEPAPredictor(4, 16, depth=1, heads=2), kind).train()
         nn.init.normal_(encoder.position)
-        kept = model.target.encoder if kind == "ema" else encoder
+        kept = encoder if kind == "shared_stop_gradient" else model.target.encoder
         assert torch.equal(model.encode(x), kept.encode(x)) and not model.encode(x).requires_grad
         assert torch.equal(model.embed(x), kept.encode(x).mean(dim=1))
         assert model.encoder.training

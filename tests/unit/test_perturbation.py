@@ -271,6 +271,22 @@ def test_a_dose_shifts_every_token_by_its_logarithm():
     torch.testing.assert_close(moved, torch.arange(8.0).expand_as(moved), atol=1e-6, rtol=0)
 
 
+def test_wrong_types_and_doses_are_refused_with_both_shapes():
+    model, z, asked = typed(), context(2), perturbing(0).expand(2, -1)
+    with pytest.raises(ValueError, match=r"type_code has shape \(9,\); expected \(2,\)"):
+        model.change(z, asked, torch.zeros(9, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"dose has values down to 0\.0; expected positive ones"):
+        model.change(z, asked, None, torch.tensor([1.0, 0.0]))
+
+
+def test_a_source_may_have_a_dot_in_its_name_and_keeps_its_own_copy():
+    values = torch.randn(GENES, 5)
+    encoder = PerturbationEncoder({"c2.cp": values}, SEEN, 8)
+    assert (
+        torch.equal(encoder.codes("c2.cp"), values) and encoder.codes("c2.cp").data_ptr() != values.data_ptr()
+    )
+
+
 def test_control_does_not_change_whatever_its_type_and_dose():
     model = typed()
     nn.init.normal_(model.perturbation.type_offset)

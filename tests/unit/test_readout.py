@@ -129,3 +129,12 @@ def test_the_scale_is_the_least_squares_factor_within_zero_and_two():
     assert calibrate_scale(prediction, 9 * prediction) == 2.0
     assert calibrate_scale(prediction, -prediction) == 0.0
     assert calibrate_scale(np.zeros((0, 5)), np.zeros((0, 5))) == 1.0
+
+
+def test_without_validation_perturbations_the_middle_penalty_is_taken():
+    tokens, expression = cells()
+    batches = lambda: iter([(tokens, expression)])  # noqa: E731
+    readout, chosen = fit_readout(batches, tokens[:0], expression[:0], [1.0, 1e-4, 1e-2])
+    assert chosen == 1e-2
+    alone, _ = fit_readout(batches, tokens[:0], expression[:0], [1e-2])
+    assert torch.equal(readout.weight, alone.weight)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from biojepa.model import TargetEncoder
-from biojepa.model.targets import TARGETS
+from biojepa.model.targets import TARGETS, ema_decay, ema_momentum
 
 KINDS = {"ema": False, "shared_stop_gradient": False, "shared": True, "separate": True}
 
@@ -75,11 +75,22 @@ def test_the_average_moves_by_exactly_one_minus_the_momentum_along_a_cosine():
         before = copy.deepcopy(target.encoder)
         target.update(step, steps)
         share = 0.1 * (1 + math.cos(math.pi * step / steps)) / 2  # 1 - m
+        share = max(share, 9 / (10 + step))  # while it is young
         for old, new, followed in zip(
             before.parameters(), target.encoder.parameters(), encoder.parameters(), strict=True
         ):
             torch.testing.assert_close(new, old + share * (followed - old))
         assert torch.equal(target.encoder[1].running_mean, encoder[1].running_mean)
+
+
+@pytest.mark.parametrize("steps", [100, 500, 2000])
+def test_a_teacher_does_not_keep_its_random_start(steps):
+    kept = math.prod(ema_momentum(step, steps) for step in range(steps))
+    assert kept < 1e-6
+    # The plain schedule would keep a third of it over 500 steps.
+    assert steps != 500 or math.prod(ema_decay(step, steps) for step in range(steps)) > 0.3
+    late = range(3_000, 12_000)
+    assert [ema_momentum(step, 20_000) for step in late] == [ema_decay(step, 20_000) for step in late]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ema"])

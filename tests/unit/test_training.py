@@ -380,7 +380,7 @@ def test_shuffled_priors_permute_the_known_codes_and_none_drops_them(case):
     codes[5] = 0
     pairs = replace(pairs, codes={"network": codes})
     model, _, _ = train_model(pairs, tiny_settings(priors="shuffled", **settings), 0)
-    shuffled = model.predictor.perturbation.codes_network.numpy()
+    shuffled = model.codes["network"].numpy()
     assert not shuffled[5].any()
     assert sorted(map(tuple, shuffled)) == sorted(map(tuple, codes))
     assert (shuffled != codes).any(axis=1).sum() > 10
@@ -395,6 +395,10 @@ def test_a_reused_encoder_is_kept_as_it_is_and_must_be_of_the_same_split(case, t
         assert torch.equal(values, trained[0].embedding.state_dict()[name])
     assert torch.equal(model.control_tokens, trained[0].control_tokens)
     assert set(history["stage"]) == {"predictor"}
+    assert model.embedding is not trained[0].embedding
+    for other_kind in (tiny_settings(embedding="pca"), tiny_settings(encoder={"embed_dim": 32})):
+        with pytest.raises(ValueError, match="the encoder to reuse is jepa of another size or kind"):
+            train_model(case.pairs, other_kind, 3, encoder_from=trained[0])
     other = replace(case.pairs, facts={**case.pairs.facts, "split_sha256": "f" * 8})
     with pytest.raises(ValueError, match="trained on another split or other genes"):
         train_model(other, alone, 3, encoder_from=trained[0])
@@ -476,3 +480,43 @@ def test_training_writes_nothing_without_a_checkpoint_folder(case, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     train_model(case.pairs, tiny_settings(encoder={"steps": 2}, predictor={"steps": 2}), 0)
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_types_and_doses_reach_the_predictor_in_both_kinds_of_training(case):
+    n = len(case.pairs.labels)
+    pairs = replace(
+        case.pairs,
+        types=("CRISPRa", "CRISPRi"),
+        type_code=(np.arange(n) % 2).astype(np.int32),
+        dose=np.where(np.arange(n) % 3, 1, 4).astype(np.float32),
+    )
+    for stages in ("two", "joint"):
+        model, _, _ = train_model(pairs, tiny_settings(stages=stages, linear_branch=False), 0)
+        model = replace(model, weight=1.0)
+        codes = model.predictor.perturbation
+        assert (codes.type_offset.abs().sum(dim=1) > 0).all() and codes.dose_offset.abs().sum() > 0
+        asked = case.pairs.membership[:1]
+        answers = [
+            model.predict_membership(asked, np.array([kind]), np.array([dose], dtype=np.float32))[2]
+            for kind, dose in ((0, 1), (1, 1), (0, 4))
+        ]
+        assert not np.array_equal(answers[0], answers[1]) and not np.array_equal(answers[0], answers[2])
+
+
+def test_joint_training_trains_both_at_once_and_a_reused_encoder_is_standardized(case):
+    settings = tiny_settings(stages="joint")
+    model, history, metrics = train_model(case.pairs, settings, 3)
+    assert set(history["stage"]) == {"joint"} and model.blended
+    assert torch.equal(model.embedding.token_scale, torch.ones_like(model.embedding.token_scale))
+    asked = model.asked(case.test)
+    w = metrics["latent_weight"]
+    change = (1 - w) * model.linear_change(asked[0]) + w * model.latent_change(*asked)
+    expected = np.maximum(model.control_expression.numpy() + change, 0)
+    np.testing.assert_allclose(model.predict(case.test)[0], expected, atol=1e-5)
+    blended = replace(model, weight=0.25)
+    change = 0.75 * model.linear_change(asked[0]) + 0.25 * model.latent_change(*asked)
+    expected = np.maximum(model.control_expression.numpy() + change, 0)
+    np.testing.assert_allclose(blended.predict(case.test)[0], expected, atol=1e-5)
+    other, _, _ = train_model(case.pairs, tiny_settings(stages="joint", priors="shuffled"), 3, model)
+    assert not torch.allclose(other.embedding.token_scale, torch.ones_like(other.embedding.token_scale))
+    assert not other.blended

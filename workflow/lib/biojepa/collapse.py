@@ -6,6 +6,7 @@ first would report health for an encoder that maps every cell to the same distin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -25,6 +26,27 @@ ROUNDING = 1e-6
 
 class CollapseError(StoppedRun):
     """The embedding has collapsed; the message says which statistic fell and what to change."""
+
+
+class DivergenceError(StoppedRun):
+    """The loss or the weights are not finite any more."""
+
+
+_SLOWER = "Lower train.encoder.learning_rate or train.predictor.learning_rate."
+
+
+def refuse_divergence(loss: float, step: int, stage: str) -> None:
+    """Stop a run whose loss is not finite.
+
+    Raises
+    ------
+    DivergenceError
+        Naming stage and step.
+    """
+    if not math.isfinite(loss):
+        raise DivergenceError(
+            f"The training of the {stage} diverged by step {step}: the loss is {loss}. {_SLOWER}"
+        )
 
 
 def std_over_cells(tokens: Tensor) -> float:
@@ -114,7 +136,8 @@ def refuse_collapse(measured: Mapping[str, float], untrained: Mapping[str, float
     Parameters
     ----------
     measured
-        :func:`statistics` of the encoder now.
+        :func:`statistics` of the encoder now; ``std_cells_student`` of the one that is trained, where
+        another is kept.
     untrained
         The same, of the same cells, before the first step.
     step
@@ -124,8 +147,15 @@ def refuse_collapse(measured: Mapping[str, float], untrained: Mapping[str, float
     ------
     CollapseError
         When the standard deviation over cells or the effective rank is below its floor.
+    DivergenceError
+        When a statistic is not finite.
     """
-    spread, at_start = measured["std_cells"], untrained["std_cells"]
+    if not all(math.isfinite(value) for value in measured.values()):
+        found = ", ".join(f"{name} {value}" for name, value in measured.items())
+        raise DivergenceError(f"The training diverged by step {step}: {found}. {_SLOWER}")
+    # Of the student too: a running average follows a collapse late.
+    spread = min(measured["std_cells"], measured.get("std_cells_student", math.inf))
+    at_start = untrained["std_cells"]
     advice = (
         "Use train.encoder.regularizer: per_token (not flat) and train.encoder.regularized: context, raise "
         "train.encoder.variance, or lower train.encoder.learning_rate."

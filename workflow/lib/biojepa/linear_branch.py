@@ -67,7 +67,7 @@ class OwnTarget:
             return cls(column, np.zeros(len(column)))
         target = column[gene]
         total = delta.sum(axis=0)
-        excess = delta[row, target] - (total[target] - delta[row, target]) / (len(delta) - 1)
+        excess = delta[row, target] - (total[target] - delta[row, target]) / max(len(delta) - 1, 1)
         n_cells = pairs.n_cells[train][row].astype(float)
         # One number per gene, from all labels that carry it.
         genes, index = np.unique(gene, return_inverse=True)
@@ -109,8 +109,11 @@ class LinearBranch:
     ----------
     separate
         Whether each prior source has a weight of its own.
+    trained
+        Positions of the perturbed genes that training carries: only these have effects of their own.
     expression, tokens
-        Name of a feature map to ``(dim, genes)`` and to ``(dim, T·D)``.
+        Name of a feature map to ``(dim, genes)`` and to ``(dim, T·D)``; of the map ``gene`` the rows of
+        trained genes.
     own_column, own_change
         See :class:`OwnTarget`.
     share
@@ -121,6 +124,7 @@ class LinearBranch:
     """
 
     separate: bool
+    trained: np.ndarray
     expression: dict[str, np.ndarray]
     tokens: dict[str, np.ndarray]
     own_column: np.ndarray
@@ -134,14 +138,21 @@ class LinearBranch:
 
     def token_change(self, membership: np.ndarray, codes: Mapping[str, np.ndarray]) -> np.ndarray:
         """Change of the tokens ``(labels, T·D)`` of ``membership`` ``(labels, genes)``; zero for control."""
-        return _apply(self.tokens, feature_maps(membership, codes, self.separate))
+        return self._apply(self.tokens, membership, codes)
 
     def change(
         self, membership: np.ndarray, codes: Mapping[str, np.ndarray], readout: np.ndarray
     ) -> np.ndarray:
         """Change of log-expression ``(labels, genes)``; ``readout`` is ``(T·D, genes)``."""
-        direct = _apply(self.expression, feature_maps(membership, codes, self.separate))
+        direct = self._apply(self.expression, membership, codes)
         return self._combine(direct, self.token_change(membership, codes) @ readout, membership)
+
+    def _apply(
+        self, maps: Mapping[str, np.ndarray], membership: np.ndarray, codes: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        features = feature_maps(membership, codes, self.separate)
+        features["gene"] = features["gene"][:, self.trained]
+        return sum(features[name] @ values for name, values in maps.items())
 
     def _combine(self, direct: np.ndarray, latent: np.ndarray, membership: np.ndarray) -> np.ndarray:
         change = (1 - self.share) * direct + self.share * latent
@@ -209,8 +220,11 @@ def fit_branch(
     separate = "prior" not in direct.components.matrices and bool(pairs.codes)
     membership = pairs.membership[train]
     features = feature_maps(membership, pairs.codes, separate)
+    trained = np.flatnonzero(membership.any(axis=0))
+    features["gene"] = features["gene"][:, trained]
     branch = LinearBranch(
         separate=separate,
+        trained=trained,
         expression=_maps(features, [(direct, None)]),
         tokens=_maps(features, latent.parts),
         own_column=own.column,
@@ -237,7 +251,3 @@ def _maps(
         )
         for name, x in features.items()
     }
-
-
-def _apply(maps: Mapping[str, np.ndarray], features: Mapping[str, np.ndarray]) -> np.ndarray:
-    return sum(features[name] @ values for name, values in maps.items())

@@ -27,6 +27,9 @@ def linear_probes(
 ) -> dict[str, float | None]:
     """Probe an embedding for the perturbation, the batch and the depth of cells.
 
+    The judged cells are not those the probe was fitted on, but an encoder with an action term has seen
+    their labels: its ``perturbation`` says how well the term did its work, and no more.
+
     Parameters
     ----------
     tokens

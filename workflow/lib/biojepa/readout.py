@@ -49,7 +49,8 @@ def fit_readout(
     batches
         Yields (tokens (B, T, D), log-expression (B, genes)) of training cells.
     check_tokens, check_expression
-        Means of *validation* perturbations (V, T, D) and (V, genes), which choose the penalty.
+        Means of *validation* perturbations (V, T, D) and (V, genes), which choose the penalty. Without
+        any the middle candidate is taken.
     penalties
         Candidates, relative to the mean variance of the tokens times cells.
 
@@ -73,14 +74,12 @@ def fit_readout(
     unit = gram.diagonal().mean()
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     candidates = []
-    for penalty in penalties:
+    tried = sorted(penalties)
+    for penalty in tried if len(check_tokens) else tried[len(tried) // 2 : len(tried) // 2 + 1]:
         weight = torch.linalg.solve(gram + penalty * unit * identity, cross)
         readout = Readout(weight.float(), (expression_mean - token_mean @ weight).float())
-        error = (
-            float((readout(check_tokens) - check_expression).square().mean())
-            if len(check_tokens)
-            else penalty
-        )
+        # With one candidate there is nothing to choose by.
+        error = float((readout(check_tokens) - check_expression).square().mean())
         candidates.append((error, readout, penalty))
     _, readout, penalty = min(candidates, key=lambda candidate: candidate[0])
     return readout, penalty

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from biojepa.model.blocks import require_shape
+from biojepa.model.blocks import evaluation, require_shape
 from biojepa.model.perturbation import PerturbationEncoder
 from biojepa.model.predictor import ConditionalPredictor
 
@@ -116,6 +116,11 @@ class BioJEPA(nn.Module):
         """
         require_shape("context", context, (None, self.num_tokens, self.dim))
         require_shape("membership", membership, (len(context), self.n_genes))
+        for name, values in (("type_code", type_code), ("dose", dose)):
+            if values is not None:
+                require_shape(name, values, (len(context),))
+        if dose is not None and not bool((dose > 0).all()):
+            raise ValueError(f"dose has values down to {float(dose.min())}; expected positive ones")
         population, gene = membership.nonzero(as_tuple=True)
         change = torch.zeros_like(context)
         if not len(gene):
@@ -160,8 +165,5 @@ class BioJEPA(nn.Module):
         dose: Tensor | None = None,
     ) -> Tensor:
         """Predict without gradient and without dropout, (B, T, D)."""
-        training = self.training
-        self.eval()
-        predicted = self(context, membership, type_code, dose)
-        self.train(training)
-        return predicted
+        with evaluation(self):
+            return self(context, membership, type_code, dose)

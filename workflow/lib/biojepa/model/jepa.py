@@ -112,6 +112,8 @@ class JEPA(nn.Module):
         else:
             require_shape("target_mask", target_mask, (*(None,) * (target_mask.ndim - 1), goal.shape[1]))
             require_dtype("target_mask", target_mask, torch.bool)
+            if not bool(target_mask.view(-1, goal.shape[1]).any(dim=1).all()):
+                raise ValueError("a block of target_mask is empty; expected at least one patch to predict")
             blocks = [block.nonzero()[:, 0] for block in target_mask.view(-1, goal.shape[1])]
             predicted = torch.cat([self.predictor(tokens, positions, block) for block in blocks], dim=1)
             goal = torch.cat([goal[:, block] for block in blocks], dim=1)
@@ -122,6 +124,7 @@ class JEPA(nn.Module):
         if mask is None:
             return self.encoder(*inputs), None
         require_shape("context_mask", mask, (None,))
+        require_dtype("context_mask", mask, torch.bool)
         tokens = self.encoder(*inputs, visible=mask)
         # An encoder with mask tokens gives tokens at all positions, one that drops patches does not.
         dropped = tokens.shape[1] != len(mask)
@@ -133,8 +136,8 @@ class JEPA(nn.Module):
 
     @property
     def embedder(self) -> nn.Module:
-        """The encoder to keep after training: the running average where there is one."""
-        return self.target.encoder if self.target.kind == "ema" else self.encoder
+        """The encoder to keep after training: the one of the targets, which has seen whole inputs."""
+        return self.target.encoder
 
     @torch.no_grad()
     def encode(self, *inputs: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class PerturbationEncoder(nn.Module):
         n_genes = len(seen)
         for name, values in codes.items():
             require_shape(f"codes[{name!r}]", values, (n_genes, None))
-            self.register_buffer(f"codes_{name}", values.float())
+            self.register_buffer(_buffer(name), values.float().clone())
         self.project = nn.ModuleList(
             nn.Sequential(nn.Linear(values.shape[1], dim), nn.LayerNorm(dim), nn.GELU())
             for values in codes.values()
@@ -67,6 +67,10 @@ class PerturbationEncoder(nn.Module):
         self.kind = nn.Parameter(torch.randn(len(self.sources) + 2, dim) * 0.02)
         self.type_offset = nn.Parameter(torch.zeros(n_types, dim)) if n_types > 1 else None
         self.dose_offset = nn.Parameter(torch.zeros(dim)) if dosed else None
+
+    def codes(self, source: str) -> Tensor:
+        """Codes (genes, dim) of a source."""
+        return self.get_buffer(_buffer(source))
 
     def forward(
         self, gene: Tensor, type_code: Tensor | None = None, dose: Tensor | None = None
@@ -91,7 +95,7 @@ class PerturbationEncoder(nn.Module):
         """
         tokens, absent = [], []
         for name, project in zip(self.sources, self.project, strict=True):
-            values = self.get_buffer(f"codes_{name}")[gene]
+            values = self.codes(name)[gene]
             tokens.append(project(values))
             absent.append(~values.any(dim=1))
         if self.gene is not None:
@@ -112,3 +116,8 @@ class PerturbationEncoder(nn.Module):
         if self.dose_offset is not None and dose is not None:
             stacked = stacked + (dose.log()[:, None] * self.dose_offset)[:, None]
         return stacked, missing
+
+
+def _buffer(source: str) -> str:
+    # A file may have dots in its name, a buffer may not.
+    return f"codes_{source.replace('.', '~')}"

@@ -19,6 +19,16 @@ def ema_decay(step: int, steps: int, start: float = 0.996) -> float:
     return 1 - (1 - start) * (math.cos(math.pi * step / max(1, steps)) + 1) / 2
 
 
+def ema_momentum(step: int, steps: int, start: float = 0.996) -> float:
+    """Momentum of a teacher that does not keep its random start: :func:`ema_decay`, less while young.
+
+    At 0.996 the average looks back 250 steps, so after a few hundred steps a good part of the teacher
+    would still be the initial weights. The cap (1 + step) / (10 + step) is that of TensorFlow's moving
+    averages.
+    """
+    return min(ema_decay(step, steps, start), (1 + step) / (10 + step))
+
+
 @torch.no_grad()
 def move_average(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """Move the teacher towards the student by exactly 1 - decay; buffers are copied."""
@@ -58,7 +68,7 @@ class TargetEncoder(nn.Module):
     kind
         Of the table.
     momentum
-        Initial momentum of ``ema``.
+        Initial momentum of ``ema``, see :func:`ema_momentum`.
     """
 
     def __init__(self, student: nn.Module, kind: str = "ema", momentum: float = 0.996) -> None:
@@ -96,10 +106,10 @@ class TargetEncoder(nn.Module):
         Parameters
         ----------
         step, steps
-            Steps before this one, and of the whole training; the momentum rises to 1 along a cosine.
+            Steps before this one, and of the whole training.
         """
         if self.kind == "ema":
-            move_average(self.encoder, self._student[0], ema_decay(step, steps, self.momentum))
+            move_average(self.encoder, self._student[0], ema_momentum(step, steps, self.momentum))
 
     def train(self, mode: bool = True) -> TargetEncoder:
         """Set the mode; a running average stays without dropout."""

@@ -34,7 +34,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path | None, stage: str, fingerprint: str) -> None:
         self.path = None if folder is None else Path(folder) / f"{stage}.pt"
-        self.stage, self.fingerprint = stage, fingerprint
+        self.stage, self.fingerprint, self.resumed_at = stage, fingerprint, 0
 
     def load(self) -> dict[str, Any] | None:
         """Return the saved state of this very run, or ``None``."""
@@ -45,6 +45,7 @@ class Checkpoint:
             log.info("%s: checkpoint of another run ignored", self.stage)
             return None
         log.info("%s: continuing from step %d", self.stage, state["step"])
+        self.resumed_at = int(state["step"])
         return state
 
     def save(self, step: int, **state: Any) -> None:

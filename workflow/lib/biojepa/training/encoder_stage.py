@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biojepa.collapse import refuse_collapse, statistics
+from biojepa.collapse import refuse_collapse, refuse_divergence, statistics, std_over_cells
+from biojepa.model.blocks import evaluation
 from biojepa.model.embedding import CellEmbedding
 from biojepa.model.encoder import GeneExpressionEncoder
 from biojepa.model.losses import SIGRegLoss, VICRegLoss
@@ -230,9 +231,13 @@ class EncoderObjective:
         return {k: float(sum(part[k] for part in self._measured) / len(self._measured)) for k in names}
 
     def measure(self) -> dict[str, float]:
-        """Collapse statistics of what would be kept now."""
+        """Collapse statistics of what would be kept now, and the spread of the student where that differs."""
         tokens = embed_with(self.target.encoder, self.embedding, self.store, self.monitored)
-        return statistics(tokens, self.classes[self.monitored])
+        measured = statistics(tokens, self.classes[self.monitored])
+        if self.target.encoder is not self.student:
+            trained = embed_with(self.student, self.embedding, self.store, self.monitored)
+            measured["std_cells_student"] = std_over_cells(trained)
+        return measured
 
     def keep(self) -> None:
         """Leave in the embedding what encodes targets, frozen."""
@@ -348,6 +353,7 @@ def train_encoder(
         done = step + 1
         if done % settings.monitor_every == 0 or done == settings.steps:
             # In every process, so that a collapse stops all of them at the same step.
+            refuse_divergence(objective.last()["loss"], done, "encoder")
             measured = objective.measure()
             history.append({"step": done, **objective.last(), **measured})
             execution.tracker.add("encoder", history[-1])
@@ -392,8 +398,6 @@ def _action_loss(context: Tensor, classes: Tensor, action: nn.Linear) -> Tensor:
 @torch.no_grad()
 def embed_with(encoder: nn.Module, embedding: CellEmbedding, store: CellStore, cells: Tensor) -> Tensor:
     """Tokens (cells, T, D) that an encoder gives to cells, without dropout, in float32."""
-    training = encoder.training
-    encoder.eval()
-    parts = [encoder(*embedding.inputs(store.rows(c), store.log_library[c])) for c in cells.split(1024)]
-    encoder.train(training)
+    with evaluation(encoder):
+        parts = [encoder(*embedding.inputs(store.rows(c), store.log_library[c])) for c in cells.split(1024)]
     return torch.cat(parts)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from biojepa.collapse import refuse_collapse
+from biojepa.collapse import refuse_collapse, refuse_divergence
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.embedding import CellEmbedding
 from biojepa.training.cells import CellStore, Populations
@@ -34,6 +34,8 @@ def train_joint(
     cells: Tensor,
     classes: Tensor,
     membership: Tensor,
+    type_code: Tensor,
+    dose: Tensor,
     train_labels: Tensor,
     settings: TrainSettings,
     seed: int,
@@ -59,6 +61,8 @@ def train_joint(
         Of the same fold.
     membership
         (labels, perturbed genes) multi-hot code of every label.
+    type_code, dose
+        (labels,) type and dose of every label.
     train_labels
         (n,) positions of the training labels.
     settings, seed
@@ -95,7 +99,9 @@ def train_joint(
                 z_control = objective.encode(*_inputs(store, embedding, controls)).float()
             # Embeddings are averaged; averaged profiles are never encoded.
             z_perturbed, z_control = _means(z_perturbed, perturbed), _means(z_control, controls)
-            predicted = z_control + predictor.change(z_control, membership[labels])
+            predicted = z_control + predictor.change(
+                z_control, membership[labels], type_code[labels], dose[labels]
+            )
         error = (gather_rows(predicted) - gather_rows(z_perturbed)).square().mean()
         errors[:] = [error.detach()]
         yield settings.joint_weight * error
@@ -120,6 +126,7 @@ def train_joint(
 
         done = step + 1
         if done % settings.encoder.monitor_every == 0 or done == steps:
+            refuse_divergence(objective.last()["loss"] + float(errors[0]), done, "encoder and predictor")
             measured = objective.measure()
             history.append({"step": done, **objective.last(), "prediction": float(errors[0]), **measured})
             execution.tracker.add("joint", history[-1])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from biojepa.collapse import refuse_divergence
 from biojepa.model.biojepa import BioJEPA
 from biojepa.training.cells import Populations
 from biojepa.training.checkpoint import Checkpoint
@@ -152,6 +153,7 @@ def train_predictor(
         done = step + 1
         if done % settings.evaluate_every == 0 or done in (settings.steps, stop_after):
             value = _change_error(teacher, context, latent.asked(validation), wanted)
+            refuse_divergence(float(loss.detach()), done, "predictor")
             history.append(
                 {"step": done, "loss": float(loss.detach()), "val_loss": value, "val_loss_start": nothing}
             )

@@ -28,6 +28,7 @@ from biojepa.probes import linear_probes
 from biojepa.readout import Readout, calibrate_scale, fit_readout, gate
 from biojepa.training.cells import CellStore, Populations, spread
 from biojepa.training.checkpoint import Checkpoint
+from biojepa.training.distributed import world_size
 from biojepa.training.encoder_stage import MONITOR_CELLS, train_encoder
 from biojepa.training.joint_stage import train_joint
 from biojepa.training.optimization import Execution, choose_device, deterministic_algorithms
@@ -60,9 +61,8 @@ def prior_codes(pairs: Pairs, priors: str, seed: int) -> dict[str, np.ndarray]:
 def _fingerprint(pairs: Pairs, settings: TrainSettings, seed: int, encoder_from: TrainedModel | None) -> str:
     """Digest of all that determines a run, so that only its own checkpoint is continued."""
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    digest.update(
-        json.dumps([dict(pairs.facts), seed, torch.__version__], sort_keys=True, default=str).encode()
-    )
+    named = [dict(pairs.facts), pairs.genes, pairs.labels, pairs.sets, list(pairs.codes), pairs.types]
+    digest.update(json.dumps([named, seed, torch.__version__], sort_keys=True, default=str).encode())
     arrays = [value for value in vars(pairs).values() if isinstance(value, np.ndarray)]
     arrays += [*pairs.codes.values()]
     if encoder_from is not None:
@@ -177,14 +177,16 @@ def train_model(
     ).to(device)
     jointly = settings.stages == "joint" and settings.embedding == "jepa" and encoder_from is None
     encoder_rows: list[dict[str, float]] = []
+    checkpoint = Checkpoint(checkpoint_folder, "encoder", fingerprint)
     with deterministic_algorithms(settings.deterministic):
+        began = time.perf_counter()
         if encoder_from is None:
-            checkpoint = Checkpoint(checkpoint_folder, "encoder", fingerprint)
             learner = predictor if jointly else None
             encoder_rows = _learn_embedding(fold, settings, seed, embedding, learner, checkpoint, execution)
-        encoder_seconds = time.perf_counter() - started
+        encoder_seconds = time.perf_counter() - began
         tokens = embed(embedding, fold.store, torch.arange(len(fold.store), device=device))
-        if encoder_from is None and not jointly:
+        # A jointly trained encoder keeps the scale that its own predictor learned, but for nobody else.
+        if not jointly and (encoder_from is None or encoder_from.settings.stages == "joint"):
             embedding.fit_tokens(tokens[fold.cells])
             tokens = (tokens - embedding.token_mean) / embedding.token_scale
 
@@ -225,7 +227,16 @@ def train_model(
     history = pd.DataFrame([{"stage": stage, **row} for stage, rows in stages.items() for row in rows])
     probed = spread(fold.cells, PROBED_CELLS)
     metrics = {
-        **_effort(settings, device, encoder_seconds if encoder_rows else 0.0, time.perf_counter() - started),
+        **_effort(settings, device, time.perf_counter() - started),
+        "encoder_seconds": round(encoder_seconds, 2),
+        # Of this session: a resumed run has drawn the earlier cells before.
+        "cells_per_second": round(
+            (settings.encoder.steps - checkpoint.resumed_at)
+            * min(settings.encoder.batch_size, len(fold.cells))
+            / encoder_seconds
+        )
+        if encoder_rows
+        else None,
         "precision": execution.precision,
         "n_training_cells": len(fold.cells),
         "n_training_perturbations": len(fold.train),
@@ -393,18 +404,14 @@ def _best_step(history: list[dict[str, float]]) -> int:
     return int(best["step"]) if best["val_loss"] < best["val_loss_start"] else 0
 
 
-def _effort(
-    settings: TrainSettings, device: torch.device, encoder_seconds: float, seconds: float
-) -> dict[str, Any]:
-    """Say what the training ran on and what it took; cells per second are those of the encoder stage."""
-    drawn = settings.encoder.steps * settings.encoder.batch_size
+def _effort(settings: TrainSettings, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Say what the training ran on and what it took."""
     return {
         "device": _device_name(device),
         "torch": torch.__version__,
         "torch_threads": settings.torch_threads,
+        "processes": world_size(),
         "seconds": round(seconds, 2),
-        "encoder_seconds": round(encoder_seconds, 2),
-        "cells_per_second": round(drawn / encoder_seconds) if encoder_seconds else None,
         "peak_memory_mb": _peak_memory(device),
     }
 
@@ -417,7 +424,15 @@ def _prepare(
         same_split = encoder_from.facts["split_sha256"] == fold.pairs.facts["split_sha256"]
         if not same_split or encoder_from.genes != fold.pairs.genes:
             raise ValueError("the encoder to reuse was trained on another split or other genes")
-        return encoder_from.embedding.to(fold.store.device)
+        wanted = make_embedding(settings, len(fold.pairs.genes)).state_dict()
+        shapes = {name: tuple(values.shape) for name, values in wanted.items()}
+        found = {name: tuple(v.shape) for name, v in encoder_from.embedding.state_dict().items()}
+        if shapes != found:
+            raise ValueError(
+                f"the encoder to reuse is {encoder_from.settings.embedding} of another size or kind than "
+                f"these settings ({settings.embedding}) make; reuse it with the settings it was trained with"
+            )
+        return copy.deepcopy(encoder_from.embedding).to(fold.store.device)
     torch.manual_seed(seed)
     embedding = make_embedding(settings, len(fold.pairs.genes)).to(fold.store.device)
     embedding.fit_inputs(*fold.store.moments(fold.cells), fold.store.log_library[fold.cells])
@@ -454,6 +469,8 @@ def _learn_embedding(
         cells,
         fold.classes,
         torch.from_numpy(fold.pairs.membership).float().to(store.device),
+        torch.from_numpy(fold.pairs.type_code.astype(np.int64)).to(store.device),
+        torch.from_numpy(fold.pairs.dose).to(store.device),
         torch.from_numpy(fold.train).to(store.device),
         settings,
         seed,

@@ -78,7 +78,7 @@ class TrainedModel:
     def codes(self) -> dict[str, Tensor]:
         """Prior codes of the perturbed genes, source name to (perturbed genes, dim)."""
         perturbation = self.predictor.perturbation
-        return {name: perturbation.get_buffer(f"codes_{name}") for name in perturbation.sources}
+        return {name: perturbation.codes(name) for name in perturbation.sources}
 
     def predict(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Predict labels of the fold, given by their positions; see :meth:`predict_membership`."""
