@@ -3,14 +3,16 @@
     python benchmarks/ablation_table.py RESULTS_FOLDER [RESULTS_FOLDER ...]
 
 Question: does the trained encoder add anything to principal components, or to its own random start?
-Method: scores of ``evaluate/metrics.tsv``, means over held-out perturbations with 95 % bootstrap intervals,
-and paired differences over the same perturbations. Units: those of the metric. ``write_results.py`` puts
-the same lines into ``docs/results.md``.
+Method: scores of ``evaluate/metrics.tsv``, means over held-out perturbations with bootstrap intervals,
+and paired differences over the same perturbations. Level, number and seed of the draws are those of the run,
+from its ``provenance.json``; defaults where that is missing. Units: those of the metric.
+``write_results.py`` puts the same lines, of runs with the defaults, into ``docs/results.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow" / "lib"))
 
+from biojepa.evaluation.settings import EvaluationSettings  # noqa: E402
 from biojepa.evaluation.verdict import DECIDING  # noqa: E402
 from biojepa.report.ablation import (  # noqa: E402
     EMBEDDINGS,
@@ -32,13 +35,22 @@ from biojepa.report.ablation import (  # noqa: E402
 from biojepa.report.glossary import EMBEDDING_LABELS, metric_text  # noqa: E402
 
 
-def ablation_lines(metrics: pd.DataFrame) -> Iterator[str]:
+def settings_of(results: Path, dataset: str) -> EvaluationSettings:
+    """Read the section ``evaluate`` that a run recorded for a dataset; defaults where it recorded none."""
+    path = results / "provenance.json"
+    if not path.is_file():
+        return EvaluationSettings()
+    recorded = json.loads(path.read_text(encoding="utf-8"))["config"]
+    return EvaluationSettings.from_mapping(recorded.get(dataset, {}).get("evaluate"))
+
+
+def ablation_lines(metrics: pd.DataFrame, settings: EvaluationSettings | None = None) -> Iterator[str]:
     """Yield one table per deciding metric and its sentence; nothing without a complete comparison.
 
-    ``metrics`` has the columns of ``metrics.tsv``.
+    ``metrics`` has the columns of ``metrics.tsv``; ``settings`` are those of its evaluation.
     """
     for name in DECIDING:
-        table = compare_embeddings(metrics, name)
+        table = compare_embeddings(metrics, name, settings)
         if not table.complete:
             continue
         columns = [EMBEDDING_LABELS[embedding] for embedding in EMBEDDINGS]
@@ -72,7 +84,8 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path)
     for results in parser.parse_args().results:
         for path in sorted(results.glob("*/*/evaluate/metrics.tsv")):
-            lines = list(ablation_lines(pd.read_csv(path, sep="\t")))
+            settings = settings_of(results, path.parts[-4])
+            lines = list(ablation_lines(pd.read_csv(path, sep="\t"), settings))
             if lines:
                 print(f"## {path.parts[-4]}, split by {path.parts[-3]}", "", *lines, sep="\n")
 

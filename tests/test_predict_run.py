@@ -16,6 +16,8 @@ from biojepa.training import load_model
 from workflow_case import TRAINED, Pipeline, expected_results, files_below
 
 JOBS = {"freeze_split": 1, "pair": 1, "train": 1, "predict": 1}
+# What is asked for is part of the settings that a report and the record of a run show.
+RECORDED = {"report": 1, "provenance": 1}
 UNCOVERED = "NOSUCHGENE"
 
 
@@ -32,7 +34,8 @@ def asked(finished, tmp_path_factory):
     requests = [singles[0], known[0], f"{known[1]}+{singles[1]}", UNCOVERED]
     (folder / "genes.txt").write_text("# asked for\n" + "\n".join(requests) + "\n", encoding="utf-8")
     config = {"predict": "genes.txt"}
-    assert pipeline.planned(config=config) == JOBS
+    assert pipeline.planned("predicted", config=config) == JOBS | {"predicted": 1}
+    assert pipeline.planned(config=config) == JOBS | RECORDED
     answer = pipeline.run("predicted", config=config)
     assert answer.returncode == 0, answer.stdout
     return pipeline, config, requests
@@ -51,10 +54,10 @@ def test_nothing_is_made_for_prediction_but_its_own_files(asked):
     made |= {f"{none}/biojepa/seed0/train/{name}" for name in ("model.pt", "history.tsv", "metrics.json")}
     made |= {f"tiny/predict/{name}" for name in ("predictions.tsv", "predictions.h5ad")}
     assert files_below(pipeline.folder / "results") == expected_results(TRAINED) | made
-    assert pipeline.planned(config=config) == {}
+    assert pipeline.planned("predicted", config=config) == {}
     (pipeline.folder / "more.txt").write_text("# another file\nGENE001\n", encoding="utf-8")
-    again = pipeline.planned(config={"predict": "more.txt"})
-    assert again == {name: JOBS[name] for name in ("pair", "train", "predict")}
+    again = pipeline.planned("predicted", config={"predict": "more.txt"})
+    assert again == dict.fromkeys(("pair", "train", "predict", "predicted"), 1)
 
 
 def test_the_model_was_trained_on_every_perturbation(asked):

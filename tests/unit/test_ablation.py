@@ -251,3 +251,24 @@ def test_the_markdown_of_the_results_has_the_same_numbers(monkeypatch):
     shuffled = next(line for line in lines if "shuffled priors" in line)
     assert shuffled.count("–") == 2, "the untrained encoder was not run there"
     assert list(ablation_lines(table_of({"mean": 0.0}))) == []
+
+
+def test_the_markdown_has_the_intervals_of_the_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "ablation_table", raising=False)
+    from ablation_table import main, settings_of
+
+    (tmp_path / "screen/perturbation/evaluate").mkdir(parents=True)
+    table_of(LEVELS).to_csv(tmp_path / "screen/perturbation/evaluate/metrics.tsv", sep="\t", index=False)
+    assert settings_of(tmp_path, "screen") == EvaluationSettings()
+    recorded = {"draws": 200, "seed": 7, "confidence": 0.9, "enrichment": {"permutations": 50}}
+    content = {"config": {"screen": {"evaluate": recorded}}}
+    (tmp_path / "provenance.json").write_text(json.dumps(content), encoding="utf-8")
+    assert settings_of(tmp_path, "screen").draws == 200 and settings_of(tmp_path, "other").draws == 1000
+    monkeypatch.setattr(sys, "argv", ["ablation_table.py", str(tmp_path)])
+    main()
+    row = rows_of(compare_embeddings(table_of(LEVELS), PEARSON, SETTINGS))["ridge", "given"]
+    gain = row.gains["untrained"]
+    assert f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})" in capsys.readouterr().out
+    default = rows_of(compare_embeddings(table_of(LEVELS), PEARSON))["ridge", "given"].gains["untrained"]
+    assert (default.low, default.high) != (gain.low, gain.high)

@@ -236,20 +236,105 @@ def test_screens_whose_responses_are_used_are_known_but_not_run(folder):
             r"row demo, column responses: twin is the same screen.*given away",
         ),
         (
+            [("demo", "data/mine.h5ad", "twin"), ("twin", "./data/../data/mine.h5ad", "")],
+            r"row demo, column responses: twin is the same screen",
+        ),
+        (
+            [("demo", "data/link.h5ad", "twin"), ("twin", "data/mine.h5ad", "")],
+            r"row demo, column responses: twin is the same screen",
+        ),
+        (
+            [("demo", "https://a.org/x.h5ad", "twin"), ("twin", "http://A.org/x.h5ad", "")],
+            r"row demo, column responses: twin is the same screen",
+        ),
+        (
+            [("demo", "https://a.org/x.h5ad", "twin"), ("twin", "resources/datasets/demo/x.h5ad", "")],
+            r"row demo, column responses: twin is the same screen",
+        ),
+        (
             [("demo", "simulator", "twin"), ("twin", "simulator", "")],
             r"row demo, column responses: twin is the same screen",
+        ),
+        (
+            [("demo", "simulator", "twin;other;twin"), ("twin", "data/mine.h5ad", "")],
+            r"row demo, column responses: found twin twice; expected each dataset once",
         ),
         (
             [("demo", "simulator", "lost"), ("lost", "data/lost.h5ad", "")],
             r"row lost, column source: no file data/lost\.h5ad",
         ),
     ],
-    ids=["itself", "unknown", "same file", "same simulation", "missing file"],
+    ids=[
+        "itself",
+        "unknown",
+        "same file",
+        "same path spelled otherwise",
+        "link",
+        "same address",
+        "its own download",
+        "same simulation",
+        "named twice",
+        "missing file",
+    ],
 )
 def test_responses_of_the_screen_itself_or_of_an_unknown_one_are_refused(folder, rows, message):
     with_responses(folder, *rows)
+    (folder / "data/link.h5ad").symlink_to("mine.h5ad")
     with pytest.raises(ConfigError, match=message):
         load()
+
+
+MD5 = "md5:" + "a" * 32
+
+
+@pytest.mark.parametrize(
+    ("sums", "refused"),
+    [(("md5:" + "a" * 32,) * 2, True), (("md5:" + "a" * 32, ""), False), (("", ""), False)],
+)
+def test_files_of_one_checksum_are_one_screen_wherever_they_lie(folder, sums, refused):
+    rows = [("demo", "https://a.org/x.h5ad", sums[0], "twin"), ("twin", "https://b.org/y.h5ad", sums[1], "")]
+    lines = ["dataset\tsource\tchecksum\tresponses", *("\t".join(row) for row in rows)]
+    (folder / "config/datasets.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if refused:
+        with pytest.raises(ConfigError, match="twin is the same screen"):
+            load()
+    else:
+        assert load().source("demo").responses == ["twin"]
+
+
+@pytest.mark.parametrize(
+    ("networks", "gene_sets", "tables", "message"),
+    [
+        (
+            "{data_dir}/p.tsv",
+            "{data_dir}/p.gmt",
+            "",
+            r"row demo: data/p\.gmt: found a second .*'p'",
+        ),
+        (
+            "{data_dir}/p.tsv",
+            "",
+            "{data_dir}/p.csv",
+            r"row demo: data/p\.csv: found a second .*'p'",
+        ),
+        ("{data_dir}/p.tsv;{data_dir}/p.tsv", "", "", "a second source called 'p', after data/p.tsv"),
+        ("", "{data_dir}/gene.gmt", "", r"row demo: data/gene\.gmt: found a source called 'gene', a name"),
+        ("{data_dir}/p.tsv", "{data_dir}/p.q.gmt", "{data_dir}/q.csv", None),
+    ],
+)
+def test_sources_that_would_share_a_name_are_refused_before_the_first_job(
+    folder, networks, gene_sets, tables, message
+):
+    text = "dataset\tsource\tnetworks\tgene_sets\tgene_tables\n"
+    text += f"demo\tsimulator\t{networks}\t{gene_sets}\t{tables}\n"
+    (folder / "config/datasets.tsv").write_text(text, encoding="utf-8")
+    for name in ("p.tsv", "p.gmt", "p.csv", "p.q.gmt", "q.csv", "gene.gmt"):
+        (folder / "data" / name).touch()
+    if message is None:
+        assert load().datasets == ["demo"]
+    else:
+        with pytest.raises(ConfigError, match=message):
+            load()
 
 
 def test_two_simulations_that_differ_may_inform_each_other(folder):
@@ -285,11 +370,31 @@ def test_what_to_predict_is_nothing_a_list_a_file_or_all(folder, predict):
             {"predict": "all", "evaluate": {"model": "ridge"}},
             r"predict: the model under test, evaluate\.model, is ridge; expected a trained model",
         ),
+        (
+            {
+                "predict": ["KLF1"],
+                "evaluate": {"model": "pca_predictor_noprior"},
+                "models": ["mean", "pca_predictor", "pca_predictor_noprior"],
+            },
+            r"is pca_predictor_noprior, which uses no prior source.*expected a model with priors",
+        ),
+        ({"predict": "all", "run": ["mine"]}, r"row mine: no prior source, though predict is all"),
+        ({"predict": ["all"]}, r"'all' is no gene .*write predict: all"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused_before_the_first_job(folder, change, message):
     with pytest.raises(ConfigError, match=message):
         load(**change)
+
+
+def test_a_screen_without_prior_files_can_be_asked_for_what_it_perturbs_or_by_coexpression(folder):
+    assert load(run=["mine"], predict=["A+B"]).predict == ["A+B"]
+    assert load(run=["mine"], predict="all", pair={"coexpression": True}).predict == "all"
+
+
+def test_the_record_of_a_run_says_what_was_asked(folder):
+    assert load(predict=["KLF1", "B+A"]).resolved("demo")["predict"] == ["KLF1", "B+A"]
+    assert load().resolved("demo")["predict"] is None
 
 
 def test_a_folder_is_read_file_by_file(folder):

@@ -32,7 +32,7 @@ from biojepa.pairs import (
     trainable_labels,
     validation_labels,
 )
-from biojepa.priors import GeneCodes, gene_table_source, network_codes, read_gene_table, read_network
+from biojepa.priors import GeneCodes, gene_table_source, network_source, read_gene_table, read_network
 from biojepa.responses import response_source
 from biojepa.splits import LeakageError, labels_in, read_split
 
@@ -185,7 +185,7 @@ def test_building_twice_gives_the_same_bytes(built):
 
 def test_codes_compare_genes_as_the_network_does_and_are_zero_where_it_does_not_reach(built):
     screen, pairs = built
-    source = network_codes("net", read_network(screen.network), SINGLES, dim=6)
+    source = network_source("net", read_network(screen.network)).codes(SINGLES, 6)
     raw = source.values - source.values.mean(axis=0)
     raw /= np.linalg.norm(raw, axis=1, keepdims=True)
     codes = pairs.codes["net"]
@@ -204,6 +204,21 @@ def test_genes_that_a_source_cannot_tell_apart_have_no_code():
     np.testing.assert_allclose(codes[5], values[5], atol=1e-5)
     np.testing.assert_allclose(codes[6], -values[5], atol=1e-3)
     assert not codes[-1].any()
+
+
+def test_a_projected_gene_has_the_code_of_its_direction_times_its_captured_share():
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((4, 3)).astype(np.float32)
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    others = np.stack([0.4 * values[1], np.array([0, 0, 0.1], dtype=np.float32)])
+    source = GeneCodes("net", ("A", "B", "C", "D", "LIKE_B", "NEW"), np.vstack([values, others]))
+    genes, asked = ["A", "B", "C", "D", "NOBODY"], ["LIKE_B", "NEW", "STRANGER"]
+    codes = pairing._rows(source, genes, asked)
+    np.testing.assert_array_equal(codes[:5], pairing._rows(source, genes))
+    np.testing.assert_allclose(np.linalg.norm(codes, axis=1), [1, 1, 1, 1, 0, 0.4, 0.1, 0], atol=1e-6)
+    np.testing.assert_allclose(codes[5], 0.4 * codes[1], atol=1e-6)
+    direction = np.array([0, 0, 1]) - values.mean(axis=0)
+    np.testing.assert_allclose(codes[6], 0.1 * direction / np.linalg.norm(direction), atol=1e-6)
 
 
 def test_every_partner_is_a_control_of_the_same_batch(built):
@@ -398,6 +413,15 @@ def test_every_kind_of_source_becomes_codes_centred_over_the_genes_it_covers(scr
         np.testing.assert_allclose(pairs.codes[name][rows], expected, atol=1e-5)
 
 
+def test_a_table_that_is_the_same_for_all_perturbed_genes_is_refused(screen):
+    table = pd.DataFrame({"a": [1.0] * 9 + [2.0], "b": [3.0] * 9 + [0.0]}, index=[*SINGLES, "NEW1"])
+    table.to_csv(screen.folder / "features.tsv", sep="\t", index_label="gene")
+    with pytest.raises(
+        InputError, match=r"features\.tsv: found the same for all .* it knows, 9; expected diff"
+    ):
+        screen.build(more={"gene_tables": [screen.folder / "features.tsv"]})
+
+
 def test_the_coverage_names_sources_and_consequences(screen):
     screen.build(more=more_sources(screen.folder))
     table = screen.coverage.set_index("gene")
@@ -429,6 +453,49 @@ def test_coexpression_sees_training_cells_alone(screen):
 def test_a_screen_cannot_inform_itself(screen):
     with pytest.raises(InputError, match=r"the screen itself.*must not predict itself"):
         screen.build(more={"responses": {"twin": screen.folder / "." / "cells.h5ad"}})
+
+
+def other_cells(screen: Screen, rows: np.ndarray, factor=1.0, genes=GENES, names=None) -> dict:
+    """Write some cells of the screen as another screen, with counts scaled and genes in another order."""
+    X = np.log1p(factor * np.expm1(screen.X[rows]))[:, [GENES.index(gene) for gene in genes]]
+    obs = pd.DataFrame(
+        {"perturbation": pd.Categorical(screen.labels[rows])},
+        index=screen.names[rows] if names is None else names,
+    )
+    path = screen.folder / "copy.h5ad"
+    ad.AnnData(sparse.csr_matrix(X.astype(np.float32)), obs, pd.DataFrame(index=genes)).write_h5ad(path)
+    return {"responses": {"copy": path}}
+
+
+@pytest.mark.parametrize("kind", ["copy", "link", "part", "renormalized"])
+def test_a_screen_cannot_be_informed_by_its_own_cells_under_another_name(screen, kind):
+    perturbed = np.flatnonzero(screen.labels != "control")
+    everything = np.arange(len(screen.labels))
+    rows = np.r_[np.flatnonzero(screen.labels == "control"), perturbed[:20]] if kind == "part" else everything
+    changes = {"factor": 0.3, "genes": GENES[:4:-1]} if kind == "renormalized" else {}
+    more = other_cells(screen, rows, **changes)
+    if kind == "link":
+        # A hard link has another path and is the same file.
+        more["responses"]["copy"].unlink()
+        more["responses"]["copy"].hardlink_to(screen.cells)
+    n = 20 if kind == "part" else len(perturbed)
+    with pytest.raises(
+        LeakageError, match=f"copy.h5ad holds about {n / len(perturbed):.0%} .*{n} of {n} compared"
+    ):
+        screen.build(more=more)
+    assert not (screen.folder / "pairs.h5").exists()
+
+
+def test_barcodes_that_coincide_and_shared_controls_are_no_leak(screen):
+    rng = np.random.default_rng(3)
+    everything = np.arange(len(screen.labels))
+    original = screen.X
+    screen.X = np.where(
+        (screen.labels == "control")[:, None], original, rng.permuted(original, axis=1)
+    ).astype(np.float32)
+    more = other_cells(screen, everything)
+    screen.X = original
+    assert "responses_copy" in screen.build(more=more).codes
 
 
 @pytest.mark.parametrize(

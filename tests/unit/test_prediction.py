@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,9 +16,10 @@ import torch
 from training_case import pairs_of
 
 from biojepa import prediction
-from biojepa.contracts import CATEGORIES, METRICS_COLUMNS, PREDICTED_COLUMNS, SUMMARY_COLUMNS
+from biojepa.contracts import METRICS_COLUMNS, PREDICTED_COLUMNS, SPLIT_COLUMNS, SUMMARY_COLUMNS
 from biojepa.errors import InputError
 from biojepa.evaluation.settings import EvaluationSettings
+from biojepa.files import read_tsv, write_tsv
 from biojepa.pairs import Pairs
 from biojepa.prediction import (
     METRIC,
@@ -26,6 +30,8 @@ from biojepa.prediction import (
 )
 from biojepa.prediction_requests import ALL
 from biojepa.predictions import write_requested
+from biojepa.splits import write_split
+from workflow_case import REPO
 
 GENES = [f"X{i:02d}" for i in range(14)]
 SETTINGS = EvaluationSettings(draws=400, seed=3)
@@ -60,7 +66,8 @@ class FakeModel:
 
     def __post_init__(self) -> None:
         self.genes, self.perturbed_genes = self.pairs.genes, self.pairs.perturbed_genes
-        self.facts, self.codes = dict(self.pairs.facts), dict(self.pairs.codes)
+        self.facts = dict(self.pairs.facts)
+        self.codes = {name: torch.from_numpy(values) for name, values in self.pairs.codes.items()}
         self.control_expression = torch.full((len(self.genes),), 2.0)
         rng = np.random.default_rng(0)
         strength = np.arange(1, len(self.perturbed_genes) + 1)
@@ -74,8 +81,8 @@ class FakeModel:
         return 2.0 + membership @ self.effect, sd if self.with_sd else None, tokens
 
 
-def ask(requests, held_out=None, model=None, **more):
-    pairs = made_pairs()
+def ask(requests, held_out=None, model=None, pairs=None, **more):
+    pairs = pairs or made_pairs()
     return predict_perturbations(model or FakeModel(pairs), pairs, requests, held_out or {}, **more)
 
 
@@ -165,6 +172,36 @@ def test_a_model_trained_without_priors_predicts_no_unseen_gene():
     assert table["prior_coverage"].tolist() == ["0/0", "0/0"]
 
 
+def test_a_model_with_shuffled_codes_is_asked_for_its_own_neighbours():
+    model = FakeModel(made_pairs())
+    # Codes of A and B are swapped, and those of LIKE_B are on SILENT.
+    order = [model.perturbed_genes.index(gene) for gene in ("B", "A", "C", "D", "SILENT", "NEW", "LIKE_B")]
+    model.codes = {name: values[order] for name, values in model.codes.items()}
+    table = ask(["SILENT", "NEW", "LIKE_B"], model=model).table.set_index("perturbation")
+    assert table.loc["SILENT", ["nearest_training_gene", "prior_coverage"]].tolist() == ["A", "1/2"]
+    assert table.loc["NEW", "nearest_training_gene"] == "B"
+    assert table.loc["LIKE_B", "trust"].startswith("not predicted: no prior source knows LIKE_B")
+
+
+def test_similarity_is_no_larger_than_the_captured_share():
+    pairs = made_pairs()
+    codes = {name: values.copy() for name, values in pairs.codes.items()}
+    codes["net"][pairs.perturbed_genes.index("LIKE_B")] *= 0.2
+    row = ask(["LIKE_B"], pairs=replace(pairs, codes=codes), model=FakeModel(replace(pairs, codes=codes)))
+    row = row.table.iloc[0]
+    assert row["nearest_training_gene"] == "B" and row["nearest_similarity"] == pytest.approx(0.2 * 0.8)
+    assert row["prior_coverage"] == "1/2"
+
+
+def test_nothing_that_can_be_predicted_is_no_empty_table():
+    with pytest.raises(InputError, match=r"key predict: found nothing that can be predicted: SILENT, ZZ"):
+        ask(["SILENT", "ZZ"])
+    model = FakeModel(made_pairs())
+    model.codes = {}
+    with pytest.raises(InputError, match="found nothing that can be predicted: no gene with a code"):
+        ask(ALL, model=model)
+
+
 def test_all_means_every_gene_with_a_code():
     assert sorted(ask(ALL).table["perturbation"]) == ["A", "B", "LIKE_B", "NEW"]
 
@@ -216,6 +253,18 @@ def summary_of(model: str, best: dict[str, str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
 
 
+def splits_of(metrics: pd.DataFrame, n_seen=None) -> dict[int, pd.DataFrame]:
+    """Splits of the folds of scores; genes seen as the category has them unless given for a perturbation."""
+    usual = {"single": 0, "single_in_combo": 1, "combo_seen0": 0, "combo_seen1": 1, "combo_seen2": 2}
+    rows = metrics[["fold", "perturbation", "category"]].drop_duplicates()
+    seen = [
+        (n_seen or {}).get(name, usual[kind])
+        for name, kind in zip(rows["perturbation"], rows["category"], strict=True)
+    ]
+    tables = rows.assign(set="test", n_genes_seen=seen)
+    return {fold: part[list(SPLIT_COLUMNS)] for fold, part in tables.groupby("fold")}
+
+
 def test_held_out_accuracy_is_paired_by_perturbation_and_category():
     rng = np.random.default_rng(0)
     base = rng.normal(0.3, 0.2, 30)
@@ -230,9 +279,10 @@ def test_held_out_accuracy_is_paired_by_perturbation_and_category():
         summary_of("biojepa", {"single": "ridge", "combo_seen2": "ridge"}),
         "biojepa",
         SETTINGS,
+        splits_of(pd.concat([table, other])),
     )
-    assert list(reached) == ["combo_seen2", "single"]
-    single = reached["single"]
+    assert list(reached) == [("combo_seen2", 2), ("single", 0)]
+    single = reached["single", 0]
     wide = table.pivot_table(index="perturbation", columns="model", values="value")
     difference = (wide["biojepa"] - wide["ridge"]).to_numpy()
     assert (single.n, single.baseline, single.uninformed) == (30, "ridge", "no_change")
@@ -245,7 +295,7 @@ def test_held_out_accuracy_is_paired_by_perturbation_and_category():
         single.gain[1:], [difference.mean() - half_width, difference.mean() + half_width], atol=half_width / 3
     )
     assert single.uninformed_gain[0] == pytest.approx(wide["biojepa"].mean() - 0.2)
-    one = reached["combo_seen2"]
+    one = reached["combo_seen2", 2]
     assert (one.n, one.uninformed, one.gain[0]) == (1, "mean", pytest.approx(0.4))
     # A single perturbation says nothing of how far the next may differ.
     assert np.isnan([*one.gain[1:], *one.uninformed_gain[1:]]).all()
@@ -255,13 +305,84 @@ def test_seeds_and_folds_of_a_perturbation_are_averaged_first():
     table = scores({"biojepa": [0.2, 0.4], "mean": [0.0, 0.0]})
     again = table[table["perturbation"] == "P0"].assign(seed=1, value=0.8)
     reached = held_out_accuracy(pd.concat([table, again.query("model == 'biojepa'")]),
-                                summary_of("biojepa", {"single": "mean"}), "biojepa", SETTINGS)  # fmt: skip
-    assert reached["single"].accuracy == pytest.approx((0.5 + 0.4) / 2)
+                                summary_of("biojepa", {"single": "mean"}), "biojepa", SETTINGS,
+                                splits_of(table))  # fmt: skip
+    assert reached["single", 0].accuracy == pytest.approx((0.5 + 0.4) / 2)
 
 
 def test_a_model_that_was_not_evaluated_is_refused():
     with pytest.raises(InputError, match=r"metrics\.tsv: found .*of mean; expected that of biojepa"):
-        held_out_accuracy(scores({"mean": [0.0]}), summary_of("mean", {}), "biojepa", SETTINGS)
+        held_out_accuracy(scores({"mean": [0.0]}), summary_of("mean", {}), "biojepa", SETTINGS, {})
+
+
+def test_the_script_joins_the_folds_and_uses_the_threads_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "workflow" / "scripts"))
+    monkeypatch.delitem(sys.modules, "predict", raising=False)
+    import predict as script
+
+    metrics = scores({"biojepa": [0.5] * 10, "mean": [0.0] * 10})
+    write_tsv(metrics, tmp_path / "metrics.tsv")
+    write_tsv(summary_of("biojepa", {"single": "mean"}), tmp_path / "summary.tsv")
+    folds = {fold: tmp_path / f"fold{fold}" / "split.tsv" for fold in (0, 1)}
+    for fold, table in splits_of(metrics).items():
+        write_split(table, folds[fold])
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    model = FakeModel(made_pairs())
+    model.settings = SimpleNamespace(torch_threads=torch.get_num_threads() + 1)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(script, "load_model", lambda path, device: model)
+    monkeypatch.setattr(script, "read_pairs", lambda path: made_pairs())
+    names = {"metrics": "metrics.tsv", "summary": "summary.tsv", "model": "model.pt", "pairs": "pairs.h5"}
+    source = {name: str(tmp_path / file) for name, file in names.items()}
+    params = {"settings": {}, "device": "cpu", "model": "biojepa", "seed": 0, "predict": ["NEW"]}
+    output = {"predictions": tmp_path / "predictions.h5ad", "table": tmp_path / "predictions.tsv"}
+    script.main(
+        SimpleNamespace(
+            input=SimpleNamespace(**source, splits=[str(path) for path in folds.values()]),
+            params=SimpleNamespace(**params, folds=list(folds)),
+            output=SimpleNamespace(**output),
+        )
+    )
+    assert threads == [model.settings.torch_threads]
+    row = read_tsv(output["table"]).iloc[0]
+    assert (row["perturbation"], row["heldout_n"], row["heldout_accuracy"]) == ("NEW", 10, 0.5)
+
+
+def test_a_perturbation_that_its_fold_does_not_hold_is_refused():
+    table = scores({"biojepa": [0.2, 0.4], "mean": [0.0, 0.0]})
+    splits = splits_of(table)
+    with pytest.raises(InputError, match=r"metrics\.tsv: found P1 of fold 1; expected .*split\.tsv"):
+        held_out_accuracy(table, summary_of("biojepa", {}), "biojepa", SETTINGS, {0: splits[0]})
+
+
+def test_combinations_of_new_genes_are_not_trusted_for_those_of_seen_ones():
+    n = 20
+    table = scores({"biojepa": [0.8] * n + [0.1] * 9, "mean": [0.0] * (n + 9)}, "combo_seen0")
+    # No partner was a training single in any of them; in the first 20 all occurred in combinations.
+    n_seen = {f"P{i}": 2 if i < n else 0 for i in range(n + 9)}
+    summary = summary_of("biojepa", {"combo_seen0": "mean"})
+    reached = held_out_accuracy(table, summary, "biojepa", SETTINGS, splits_of(table, n_seen))
+    assert {kind: (used.n, round(used.accuracy, 6)) for kind, used in reached.items()} == {
+        ("combo_seen0", 0): (9, 0.1),
+        ("combo_seen0", 2): (20, 0.8),
+    }
+    asked = ["LIKE_B+NEW", "C+D+NEW"]
+    rows = ask(asked, reached).table.set_index("perturbation")
+    assert rows["category"].tolist() == ["combo_seen0"] * 2
+    assert rows.loc[asked, "heldout_accuracy"].tolist() == pytest.approx([0.1, 0.8])
+    # Too few of the very same kind, however many there are of the category.
+    few = ask(["LIKE_B+NEW"], reached, min_perturbations=10).table.iloc[0]
+    assert (few["abstain"], few["trust"]) == (True, "only 9 held-out perturbation(s) of this kind: untested")
+    none = ask(["LIKE_B+NEW"], {("combo_seen0", 2): reached["combo_seen0", 2]}).table.iloc[0]
+    assert (none["abstain"], none["trust"]) == (True, "no held-out perturbation of this kind: untested")
+    assert pd.isna(none["heldout_accuracy"])
+
+
+LIKE_THE_BEST = (
+    "no better than the best simple model, ridge, on held-out perturbations of this kind, but better "
+    "than no_change, which knows nothing of the perturbation"
+)
 
 
 @pytest.mark.parametrize(
@@ -271,8 +392,7 @@ def test_a_model_that_was_not_evaluated_is_refused():
         (
             {"gain": (0.1, -0.01, 0.2)},
             False,
-            "no better than the best simple model, ridge, on held-out perturbations of this kind, but better "
-            "than no_change, which knows nothing of the perturbation",
+            LIKE_THE_BEST,
         ),
         (
             {"uninformed_gain": (0.1, 0.0, 0.2)},
@@ -280,19 +400,25 @@ def test_a_model_that_was_not_evaluated_is_refused():
             "no better than no_change, which knows nothing of the perturbation, on held-out perturbations of "
             "this kind: abstain",
         ),
+        (
+            {"gain": (-0.1, -0.2, -0.01)},
+            True,
+            "worse than ridge on held-out perturbations of this kind: use that instead",
+        ),
+        ({"gain": (-0.1, -0.2, 0.0)}, False, LIKE_THE_BEST),
         ({"n": 7}, True, "only 7 held-out perturbation(s) of this kind: untested"),
         (None, True, "no held-out perturbation of this kind: untested"),
     ],
-    ids=["better", "like the best", "like nothing", "few", "none"],
+    ids=["better", "like the best", "like nothing", "worse", "just not worse", "few", "none"],
 )
 def test_trust_follows_from_what_held_out_perturbations_of_the_kind_reached(change, abstain, trust):
-    held_out = {} if change is None else {"single": replace(BETTER, **change)}
+    held_out = {} if change is None else {("single", 0): replace(BETTER, **change)}
     row = ask(["NEW"], held_out).table.iloc[0]
     assert (row["abstain"], row["trust"]) == (abstain, trust)
     if change is None:
         assert row[["heldout_accuracy", "heldout_n", "baseline", "gain"]].isna().all()
     else:
-        used = held_out["single"]
+        used = held_out["single", 0]
         assert (row["heldout_accuracy"], row["heldout_n"], row["baseline"]) == (0.6, used.n, "ridge")
         assert tuple(row[["gain", "gain_ci_low", "gain_ci_high"]]) == used.gain
         assert row["baseline_accuracy"] == 0.5 and row["uninformed_baseline"] == "no_change"
@@ -301,7 +427,7 @@ def test_trust_follows_from_what_held_out_perturbations_of_the_kind_reached(chan
 
 
 def test_what_the_screen_measured_is_called_so_whatever_its_kind_reached():
-    row = ask(["A"], dict.fromkeys(CATEGORIES, BETTER)).table.iloc[0]
+    row = ask(["A"], {("single", 0): BETTER, ("measured", 0): BETTER}).table.iloc[0]
     assert row["trust"].startswith("measured in this screen") and not row["abstain"]
     assert pd.isna(row["heldout_accuracy"])
 
@@ -319,9 +445,11 @@ def test_a_model_of_another_file_is_refused(part):
 
 
 def test_the_file_holds_the_ranked_rows_and_their_expression(tmp_path):
-    answer = ask(["A", "UNHEARD", "NEW"], {"single": BETTER})
+    answer = ask(["A", "UNHEARD", "NEW"], {("single", 0): BETTER})
     path = tmp_path / "predictions.h5ad"
     write_requested(path, answer.table, answer.genes, answer.expression, answer.sd, {"model": "biojepa"})
+    with h5py.File(path) as file:
+        assert {file["X"].compression, file["layers/sd"].compression} == {"gzip"}
     content = ad.read_h5ad(path)
     ranked = answer.table.iloc[:2]
     assert content.obs_names.tolist() == ranked["perturbation"].tolist()

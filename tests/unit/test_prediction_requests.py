@@ -36,6 +36,22 @@ def test_a_file_may_hold_comments_and_empty_lines(tmp_path):
         read_requests(str(path))
 
 
+def test_all_is_a_word_of_its_own_and_no_gene():
+    for entries in (["all"], ["KLF1", "all"], ["all+KLF1"]):
+        with pytest.raises(InputError, match=r"'all.*' is no gene .*write predict: all\)"):
+            read_requests(entries)
+    assert parse_requests(["ALL1", "SMALL"], "here") == ["ALL1", "SMALL"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_gene_and_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "genes.txt"
+    path.write_text("KLF1\n", encoding="utf-8-sig")
+    assert read_requests(str(path)) == ["KLF1"]
+    path.write_text("KLF1\n", encoding="utf-16")
+    with pytest.raises(InputError, match=r"genes\.txt: found text in another encoding.*save .* as UTF-8"):
+        read_requests(str(path))
+
+
 def test_all_and_nothing_name_no_file():
     assert read_requests("all") == ALL and read_requests(None) == [] and read_requests(["A"]) == ["A"]
     assert [request_file(value) for value in ("all", None, ["A"])] == [None, None, None]

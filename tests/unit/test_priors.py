@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 
 import numpy as np
 import pandas as pd
@@ -14,18 +15,18 @@ from sklearn.preprocessing import StandardScaler
 from biojepa import priors
 from biojepa.errors import InputError
 from biojepa.gene_sets import read_gene_sets
+from biojepa.prior_names import require_file_names, source_name
 from biojepa.priors import (
     coverage,
-    gene_set_codes,
     gene_set_source,
     gene_table_source,
-    network_codes,
     network_source,
     read_gene_table,
     read_network,
     read_priors,
     read_sources,
     require_coverage,
+    require_differences,
 )
 
 RESTART = 0.2
@@ -54,14 +55,14 @@ def bhattacharyya(profiles: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("restart", [0.2, 0.6])
 def test_products_of_network_codes_are_bhattacharyya_affinities_of_random_walks(restart):
-    codes = network_codes("net", EDGES, NODES, dim=64, restart=restart)
+    codes = network_source("net", EDGES, restart).codes(NODES, 64)
     assert codes.genes == tuple(NODES)
     expected = bhattacharyya(walk_profiles(EDGES, restart))
     np.testing.assert_allclose(codes.values @ codes.values.T, expected, atol=2e-3)
 
 
 def test_unconnected_genes_have_orthogonal_codes():
-    codes = network_codes("net", EDGES, ["N0", "N1", "Q0"])
+    codes = network_source("net", EDGES).codes(["N0", "N1", "Q0"])
     product = codes.values @ codes.values.T
     assert abs(product[0, 2]) < 1e-5 and product[0, 1] > 0.5
 
@@ -71,16 +72,16 @@ def test_few_dimensions_keep_the_leading_directions_of_the_affinities():
     values, vectors = np.linalg.eigh(affinity)
     kept = vectors[:, -3:] * np.sqrt(values[-3:])
     kept /= np.linalg.norm(kept, axis=1, keepdims=True)
-    codes = network_codes("net", EDGES, NODES, dim=3)
+    codes = network_source("net", EDGES).codes(NODES, 3)
     assert codes.values.shape == (len(NODES), 3)
     np.testing.assert_allclose(codes.values @ codes.values.T, kept @ kept.T, atol=5e-3)
 
 
 def test_codes_have_unit_length_and_are_repeated_bit_for_bit():
-    codes = network_codes("net", EDGES, NODES, dim=4)
+    codes = network_source("net", EDGES).codes(NODES, 4)
     assert codes.values.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(codes.values, axis=1), 1, atol=1e-6)
-    np.testing.assert_array_equal(codes.values, network_codes("net", EDGES, NODES, dim=4).values)
+    np.testing.assert_array_equal(codes.values, network_source("net", EDGES).codes(NODES, 4).values)
 
 
 def test_neither_the_order_of_edges_nor_their_direction_nor_repetition_changes_the_codes():
@@ -88,26 +89,26 @@ def test_neither_the_order_of_edges_nor_their_direction_nor_repetition_changes_t
     turned = shuffled.rename(columns={"gene_a": "gene_b", "gene_b": "gene_a"})[list(EDGES.columns)]
     mixed = pd.concat([shuffled.iloc[:6], turned.iloc[6:]])
     repeated = pd.concat([mixed, shuffled, shuffled.iloc[:5], turned])
-    expected = network_codes("net", EDGES, NODES).values
+    expected = network_source("net", EDGES).codes(NODES).values
     for edges in (shuffled, turned, mixed, repeated):
-        np.testing.assert_allclose(network_codes("net", edges, NODES).values, expected, atol=1e-6)
+        np.testing.assert_allclose(network_source("net", edges).codes(NODES).values, expected, atol=1e-6)
 
 
 def test_the_order_of_wanted_genes_changes_nothing_and_strangers_get_no_code():
-    codes = network_codes("net", EDGES, ["N3", "STRANGER", "N1", "N3"])
+    codes = network_source("net", EDGES).codes(["N3", "STRANGER", "N1", "N3"])
     assert codes.genes == ("N1", "N3")
-    np.testing.assert_array_equal(codes.values, network_codes("net", EDGES, ["N1", "N3"]).values)
+    np.testing.assert_array_equal(codes.values, network_source("net", EDGES).codes(["N1", "N3"]).values)
     assert codes.covered(["N3", "STRANGER", "N1"]) == ["N3", "N1"]
 
 
 def test_a_network_that_knows_no_wanted_gene_gives_no_code():
-    codes = network_codes("net", EDGES, ["STRANGER"])
+    codes = network_source("net", EDGES).codes(["STRANGER"])
     assert codes.genes == () and len(codes.values) == 0
 
 
-def test_gene_set_codes_are_cosines_of_memberships_weighted_by_rarity():
+def test_codes_of_gene_sets_are_cosines_of_memberships_weighted_by_rarity():
     sets = {"S": ["A", "B"], "L": ["A", "B", "C", "D", "E"], "T": ["C", "D", "X"]}
-    codes = gene_set_codes("sets", sets, ["E", "A", "B", "C", "D", "STRANGER"])
+    codes = gene_set_source("sets", sets).codes(["E", "A", "B", "C", "D", "STRANGER"])
     assert codes.genes == ("A", "B", "C", "D", "E")
     weight = {name: 1 + np.log(6 / len(members)) for name, members in sets.items()}  # 6 genes in all
     table = [[weight[name] * (gene in sets[name]) for name in sets] for gene in codes.genes]
@@ -115,12 +116,12 @@ def test_gene_set_codes_are_cosines_of_memberships_weighted_by_rarity():
 
 
 def test_genes_of_the_same_sets_have_equal_codes_and_of_disjoint_sets_orthogonal_ones():
-    codes = gene_set_codes("sets", {"S": ["A", "B"], "T": ["C"]}, ["A", "B", "C"])
+    codes = gene_set_source("sets", {"S": ["A", "B"], "T": ["C"]}).codes(["A", "B", "C"])
     np.testing.assert_allclose(codes.values @ codes.values.T, [[1, 1, 0], [1, 1, 0], [0, 0, 1]], atol=1e-6)
 
 
 def test_gene_sets_that_know_no_wanted_gene_give_no_code():
-    assert gene_set_codes("sets", {"S": ["A"]}, ["Z"]).genes == ()
+    assert gene_set_source("sets", {"S": ["A"]}).codes(["Z"]).genes == ()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,9 @@ def test_self_loops_and_empty_ends_are_no_edges(tmp_path):
         ("gene_a\tgene_b\nA\tA\n", ["no edge between two different genes", "check the two gene columns"]),
         ("gene_a\tgene_b\tweight\nA\tB\t1\nB\tC\thigh\n", ["line 3", "'high'", "a number"]),
         ("gene_a\tgene_b\tweight\nA\tB\t\n", ["line 2", "''", "a number"]),
+        ("gene_a\tgene_b\tweight\n\n\nA\tB\tx\n", ["line 4", "'x'", "a number"]),
+        ("gene_a\tgene_b\n1\tA\tB\n", ["more fields than the 2 of the header"]),
+        ("", ["an empty file", "write the table again"]),
     ],
 )
 def test_a_bad_network_is_refused_with_file_finding_and_fix(tmp_path, content, parts):
@@ -227,16 +231,41 @@ def write_sources(folder):
 def test_sources_are_called_after_their_files(tmp_path):
     network, sets = write_sources(tmp_path)
     sources = read_priors([network], [sets], NODES, dim=5)
-    assert [source.name for source in sources] == ["string", "hallmark"]
-    np.testing.assert_array_equal(sources[0].values, network_codes("", EDGES, NODES, dim=5).values)
+    assert [source.name for source in sources] == ["string.v12", "hallmark"]
+    np.testing.assert_array_equal(sources[0].values, network_source("", EDGES).codes(NODES, 5).values)
 
 
 def test_two_files_that_would_share_a_name_are_refused(tmp_path):
     network, _ = write_sources(tmp_path)
-    other = tmp_path / "string.physical.tsv"
+    other = tmp_path / "string.v12.txt"
     other.write_bytes(network.read_bytes())
-    with pytest.raises(InputError, match=r"string\.physical\.tsv.*'string'.*rename"):
+    with pytest.raises(InputError, match=r"string\.v12\.txt.*'string\.v12', after .*v12\.tsv.*rename"):
         read_sources([network, other])
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("data/string.tsv.gz", "string"),
+        ("c2.cp.reactome.gmt", "c2.cp.reactome"),
+        ("c2.cp.kegg.gmt.gz", "c2.cp.kegg"),
+        ("esm.csv", "esm"),
+        ("a.b/terms.txt", "terms"),
+        ("network.v2", "network.v2"),
+    ],
+)
+def test_a_source_has_the_name_of_its_file_without_the_suffixes_of_its_format(file, name):
+    assert source_name(file) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gene.tsv", "n_sources.gmt", "consequence.csv.gz", "coexpression.tsv", "responses_k562.tsv", ".tsv.gz"],
+)
+def test_names_that_something_else_has_are_refused(name):
+    require_file_names(["genes.tsv", "responses.tsv"])
+    with pytest.raises(InputError, match=f"{re.escape(name)}: found .*rename the file"):
+        require_file_names(["genes.tsv", f"data/{name}"])
 
 
 TABLE_GENES = [f"G{i:02d}" for i in range(30)]
@@ -263,8 +292,10 @@ def test_codes_of_a_gene_table_are_principal_components_of_its_standardized_colu
     varying = table.drop(columns="f3")
     scaler = StandardScaler().fit(varying.loc[screen])
     pca = PCA(min(dim, 11), svd_solver="full").fit(scaler.transform(varying.loc[screen]))
-    # Genes outside the screen take part in neither centre, scale nor directions.
-    expected = unit(pca.transform(scaler.transform(varying)))
+    # Genes outside the screen take part in neither centre, scale nor directions, and keep their length.
+    expected = pca.transform(scaler.transform(varying))
+    whole = np.linalg.norm(scaler.transform(varying), axis=1, keepdims=True)
+    expected = np.vstack([unit(expected[:20]), (expected / whole)[20:]])
     assert codes.values.shape == expected.shape
     signs = np.sign((codes.values * expected).sum(axis=0))
     np.testing.assert_allclose(codes.values, expected * signs, atol=1e-5)
@@ -286,13 +317,13 @@ def test_other_genes_are_projected_and_change_no_code_of_the_screen(source, monk
     found = ["N7", "N9"] if source.name == "net" else ["N7", "N9", "Q0"]
     assert together.genes == (*screen, *found)
     np.testing.assert_array_equal(together.values[:5], alone.values)
-    np.testing.assert_allclose(np.linalg.norm(together.values, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(alone.values, axis=1), 1, atol=1e-6)
     # What is projected is the part of the features that lies in the directions of the screen's genes.
     features = source.features(screen)
     centre = features.mean(axis=0) if source.centred else 0.0
     scale = features.std(axis=0) if source.standardized else 1.0
     *_, right = np.linalg.svd((features - centre) / scale, full_matrices=False)
-    expected = unit((source.features(found) - centre) / scale @ right[:4].T)
+    expected = unit((source.features(found) - centre) / scale) @ right[:4].T
     both = unit((features - centre) / scale @ right[:4].T)
     np.testing.assert_allclose(together.values[5:] @ alone.values.T, expected @ both.T, atol=1e-5)
     monkeypatch.setattr(priors, "PROJECTED_AT_A_TIME", 1)
@@ -310,6 +341,29 @@ def test_a_gene_of_the_screen_gets_the_same_code_when_it_is_projected():
     )
     row = fitted.values[NODES.index("N6")]
     np.testing.assert_allclose(np.abs(row), np.abs(direct[0]), atol=1e-5)
+
+
+def test_a_projected_gene_keeps_the_share_of_it_that_the_screen_speaks_for():
+    # Z shares one set with A, or B, and is in many others. Weights are equal where sets are of one size.
+    def sets(n_others):
+        shared = {"WITH_A": ["A", "Z"], "OF_B": ["B", "FILLER"]}
+        return shared | {f"S{i}": ["Z", f"FILLER{i}"] for i in range(n_others)}
+
+    for n_others, has_code in ((3, True), (98, True), (100, False), (200, False)):
+        codes = gene_set_source("sets", sets(n_others)).codes(["A", "B"], 8, ["Z"])
+        assert codes.genes == (("A", "B", "Z") if has_code else ("A", "B"))
+        if has_code:
+            cosine = 1 / np.sqrt(1 + n_others)  # one set of n + 1 is the only one of A
+            np.testing.assert_allclose(codes.values[2] @ codes.values[:2].T, [cosine, 0], atol=1e-6)
+            assert np.linalg.norm(codes.values[2]) == pytest.approx(cosine)
+
+
+def test_a_source_that_covers_one_gene_of_the_screen_does_not_make_all_others_equal_to_it():
+    table = {"X": ["A", "TWIN"], "Y": ["B", "TWIN"], "Z": ["A", "FAR"], "W": ["FAR", "C"], "V": ["C", "B"]}
+    codes = gene_set_source("sets", table).codes(["A"], 8, ["TWIN", "FAR", "B", "C"])
+    # Sets of two, each of A and each of the others in two of them: TWIN and FAR share one of two with A.
+    assert codes.genes == ("A", "FAR", "TWIN")
+    np.testing.assert_allclose(codes.values, [[1.0], [0.5], [0.5]], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +389,13 @@ def test_gene_tables_are_read_by_value_with_symbols_that_look_like_other_things(
         ("gene\ta\nA\tinf\n", ["line 2 (gene A), column a", "a finite number"]),
         ("gene\ta\nA\t1\nB\t2\nA\t3\n", ["line 4, column gene", "gene A a second time", "one row per gene"]),
         ("gene\ta\n\t1\n", ["line 2", "an empty gene"]),
+        ("gene\ta\n\nA\t1\n  \nB\thigh\n", ["line 5 (gene B), column a", "'high'"]),
+        ("\ngene\ta\nA\t1\n\nA\t3\n", ["line 5, column gene", "gene A a second time"]),
+        ("a\tb\nA\t1\t2\nB\t3\t4\n", ["more fields than the 2 of the header", "col.names = NA"]),
+        ("gene\ta\nA\t1\nB\t2\t3\n", ["no table", "line 3", "as many fields in each row"]),
+        ("", ["an empty file", "a header and at least one row"]),
+        ("\n\n", ["an empty file"]),
+        ("gene\ta\tb\nA\t1\t0\nB\t1\t0\n", ["the same features for all 2 gene(s)", "take the file out"]),
         ("gene,a\nA,1\n", ["1 column(s) and 1 row(s)", "separate columns by tabs"]),
     ],
 )
@@ -345,3 +406,19 @@ def test_a_bad_gene_table_is_refused_with_row_and_column(tmp_path, content, part
         read_gene_table(path)
     for part in [str(path), *parts]:
         assert part in str(caught.value)
+
+
+def test_a_table_in_another_encoding_is_refused_and_a_byte_order_mark_is_not(tmp_path):
+    path = tmp_path / "features.tsv"
+    path.write_text("gene\ta\nA\t1\nB\t2\n", encoding="utf-16")
+    with pytest.raises(InputError, match=r"features\.tsv: found no table.*UTF-8"):
+        read_gene_table(path)
+    path.write_text("gene_a\tgene_b\nA\tB\n", encoding="utf-8-sig")
+    assert read_network(path).gene_a.tolist() == ["A"]
+
+
+def test_a_source_that_tells_no_perturbed_genes_apart_is_refused():
+    source = gene_set_source("sets", {"S": ["A", "B"]}, where="sets.gmt")
+    require_differences([source], {"sets": np.array([[0.6], [-0.6], [0.0]])}, ["A", "B"])
+    with pytest.raises(InputError, match=r"sets\.gmt: found the same for .* it knows, 2; expected diff"):
+        require_differences([source], {"sets": np.array([[0.0], [0.0], [0.5]])}, ["A", "B"])

@@ -56,6 +56,14 @@ def test_without_a_split_everything_is_training_and_nothing_has_a_category():
         no_split(["control"])
 
 
+def test_every_row_of_a_split_says_what_the_other_training_perturbations_know_of_it():
+    for table in split_perturbations([*LABELS, "G0+G1+G2"], n_folds=4):
+        training = labels_in(table, TRAIN)
+        for label, group, category, n_seen in table.itertuples(index=False):
+            expected = categorize(label, [other for other in training if other != label])
+            assert (category, n_seen) == ("" if group == TRAIN else expected[0], expected[1])
+
+
 def test_sizes_follow_the_number_of_folds_and_the_validation_share():
     for table in split_perturbations(LABELS, n_folds=4, validation_share=0.15):
         sizes = table[SET].value_counts()

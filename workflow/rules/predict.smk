@@ -1,6 +1,14 @@
 # Perturbations outside the screen, predicted by a model that was trained on all of it.
 
 
+def get_evaluated_folds(name):
+    """Files of the splits that the model under test was evaluated on."""
+    return lambda wildcards: [
+        f"{fold_folder(wildcards.dataset, 'perturbation', fold)}/pair/{name}"
+        for fold in get_folds(wildcards.dataset)
+    ]
+
+
 rule predict:
     """Predict what the config asks for, ranked by effect size, with a statement of trust for each."""
     input:
@@ -8,6 +16,8 @@ rule predict:
         pairs="results/{dataset}/none/fold0/pair/pairs.h5",
         metrics="results/{dataset}/perturbation/evaluate/metrics.tsv",
         summary="results/{dataset}/perturbation/evaluate/summary.tsv",
+        splits=get_evaluated_folds("split.tsv"),
+        infos=get_evaluated_folds("split.json"),
         requests=get_request_file,
     output:
         predictions="results/{dataset}/predict/predictions.h5ad",
@@ -24,6 +34,7 @@ rule predict:
     params:
         model=lambda wildcards: predicting_model(wildcards.dataset),
         seed=CONFIG.seeds[0],
+        folds=lambda wildcards: get_folds(wildcards.dataset),
         predict=CONFIG.predict,
         settings=settings_of("evaluate"),
         device=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["device"],

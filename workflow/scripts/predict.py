@@ -3,13 +3,15 @@
 Question: what would this gene, or this combination, do to these cells, and should one believe it?
 Method: the model predicts mean log-expression from control cells and prior codes; perturbations are
 ranked by the length of the change (log1p units, L2 over genes). Trust is what the same model reached on
-held-out perturbations of the same kind in the scheme `perturbation`.
+held-out perturbations of the same kind in the scheme `perturbation`, over all its seeds.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+
+import torch
 
 from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.files import read_tsv, sha256_of, write_tsv
@@ -19,6 +21,7 @@ from biojepa.prediction import held_out_accuracy, predict_perturbations
 from biojepa.prediction_requests import read_requests
 from biojepa.predictions import write_requested
 from biojepa.provenance import environment
+from biojepa.splits import read_split
 from biojepa.training import load_model
 from biojepa.training.optimization import choose_device
 
@@ -28,7 +31,11 @@ def main(snakemake) -> None:
     source, params = snakemake.input, snakemake.params
     settings = EvaluationSettings.from_mapping(params.settings)
     model = load_model(source.model, str(choose_device(params.device)))
-    held_out = held_out_accuracy(read_tsv(source.metrics), read_tsv(source.summary), params.model, settings)
+    torch.set_num_threads(model.settings.torch_threads)
+    splits = {fold: read_split(path) for fold, path in zip(params.folds, source.splits, strict=True)}
+    held_out = held_out_accuracy(
+        read_tsv(source.metrics), read_tsv(source.summary), params.model, settings, splits
+    )
     predictions = predict_perturbations(
         model,
         read_pairs(source.pairs),

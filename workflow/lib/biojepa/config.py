@@ -17,7 +17,8 @@ import pandas as pd
 import yaml
 
 from biojepa.errors import InputError
-from biojepa.prediction_requests import read_requests
+from biojepa.prediction_requests import ALL, read_requests
+from biojepa.prior_names import require_file_names
 from biojepa.sizes import with_named_sizes
 
 SIMULATOR = "simulator"
@@ -209,7 +210,7 @@ class Config:
 
     def resolved(self, dataset: str) -> dict[str, Any]:
         """All that determines the results of a dataset, for the record."""
-        general = {key: self.content[key] for key in ("schemes", "folds", "seeds", "models")}
+        general = {key: self.content[key] for key in ("schemes", "predict", "folds", "seeds", "models")}
         return {**general, "source": dict(self.source(dataset).row), **self._resolved[dataset]}
 
     def folds(self, dataset: str) -> list[int]:
@@ -273,7 +274,7 @@ def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
 def _contradictions(config: Config) -> Iterator[str]:
     """Yield what a schema cannot see."""
     # Imported here: models.py reads contracts only, but config.py stands before both in the flow.
-    from biojepa.models import encoder_source, is_baseline, is_head
+    from biojepa.models import encoder_source, is_baseline, is_head, resolve_settings
 
     for model in config.models:
         needed = None if is_baseline(model) else encoder_source(model)
@@ -304,6 +305,14 @@ def _contradictions(config: Config) -> Iterator[str]:
                 f"config, predict: the model under test, evaluate.model, is {tested}; expected a trained "
                 "model such as biojepa"
             )
+        elif config.predict is not None and tested in config.models:
+            train = resolve_settings(tested, config.settings(dataset, "train"))
+            yield from _unpredictable(config, dataset, train["priors"])
+        try:
+            source = config.source(dataset)
+            require_file_names([*source.networks, *source.gene_sets, *source.gene_tables])
+        except InputError as error:
+            yield f"{config.content['datasets']}, row {dataset}: {error}"
     for dataset in set(config.all_datasets) - set(config.datasets):
         yield from _unusable_address(config.source(dataset), config.content["datasets"])
         for column, path in config.source(dataset).missing_files():
@@ -319,7 +328,10 @@ def _same_screens(config: Config, dataset: str) -> Iterator[str]:
     own = config.source(dataset)
     for name in own.responses:
         other = config.source(name)
-        same = other.path == own.path
+        same = Path(other.path).resolve() == Path(own.path).resolve()
+        if own.is_remote and other.is_remote:
+            same = _same_address(own.address, other.address)
+        same = same or (own.checksum is not None and own.checksum == other.checksum)
         if own.is_simulated and other.is_simulated:
             settings = [config.settings(one, "download")["simulator"] for one in (dataset, name)]
             same = settings[0] == settings[1]
@@ -328,6 +340,30 @@ def _same_screens(config: Config, dataset: str) -> Iterator[str]:
                 f"{config.content['datasets']}, row {dataset}, column responses: {name} is the same screen, "
                 "so that held-out perturbations would be given away; expected another screen"
             )
+
+
+def _same_address(one: str, other: str) -> bool:
+    """Whether two addresses lead to the same file, by whatever protocol and spelling of the host."""
+    parts = [urlsplit(address) for address in (one, other)]
+    same = {(part.netloc.lower(), unquote(part.path), part.query) for part in parts}
+    return len(same) == 1
+
+
+def _unpredictable(config: Config, dataset: str, priors: str) -> Iterator[str]:
+    """Yield why a dataset or its model cannot answer what the key ``predict`` asks for."""
+    source, tested = config.source(dataset), config.settings(dataset, "evaluate")["model"]
+    if priors == "none":
+        yield (
+            f"config, predict: the model under test, evaluate.model, is {tested}, which uses no prior source "
+            "and knows no unseen gene; expected a model with priors such as biojepa"
+        )
+    named = source.networks or source.gene_sets or source.gene_tables or source.responses
+    if config.predict == ALL and not named and not config.settings(dataset, "pair")["coexpression"]:
+        yield (
+            f"{config.content['datasets']}, row {dataset}: no prior source, though predict is {ALL}: every "
+            "gene that a source covers. Fix: fill in networks, gene_sets, gene_tables or responses, set "
+            "pair.coexpression, or list perturbations of genes that the screen perturbs"
+        )
 
 
 def _impossible_sizes(train: Mapping[str, Any]) -> Iterator[str]:
@@ -419,6 +455,11 @@ def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict
                     value = value.replace(placeholder, folder)
                 row[key] = value.removeprefix("file://") if key == "source" else value
         sources[name] = Source(row)
+        others = sources[name].responses
+        if repeated := [other for place, other in enumerate(others) if other in others[:place]]:
+            raise ConfigError(
+                f"{path}, row {name}, column responses: found {repeated[0]} twice; expected each dataset once"
+            )
         if name in sources[name].responses:
             raise ConfigError(
                 f"{path}, row {name}, column responses: found the dataset itself; expected other screens, "

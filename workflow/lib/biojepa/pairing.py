@@ -36,9 +36,9 @@ from biojepa.priors import (
     coverage,
     read_sources,
     require_coverage,
-    require_names,
+    require_differences,
 )
-from biojepa.responses import response_source
+from biojepa.responses import refuse_same_cells, response_source
 from biojepa.splits import (
     MIN_PERTURBATIONS,
     genes_of,
@@ -157,9 +157,9 @@ def build_pairs(
     Raises
     ------
     InputError
-        When a prior covers no perturbed gene, or the screen has no control cells.
+        When a prior covers no perturbed gene or tells none apart, or the screen has no control cells.
     LeakageError
-        When a test perturbation would reach the file.
+        When a test perturbation would reach the file, or another screen holds cells of this one.
     """
     split = read_split(split_path)
     genes = sorted({gene for label in split[PERTURBATION] for gene in genes_of(label)})
@@ -172,6 +172,7 @@ def build_pairs(
                 "another screen",
                 "a screen must not predict itself; take it out of the column responses",
             )
+        refuse_same_cells(cells_path, cells)
         sources.append(response_source(name, cells))
     with h5py.File(cells_path, "r") as file:
         obs = read_elem(file["obs"])
@@ -190,13 +191,13 @@ def build_pairs(
             sources.append(
                 coexpression_source(file["X"], names.tolist(), training, settings.prior_dim, cells_path)
             )
-        require_names(sources)
         require_coverage(sources, genes)
         others = _others(requests, sources, genes)
         codes = {
             source.name: _rows(source.codes(genes, settings.prior_dim, others), genes, others)
             for source in sources
         }
+        require_differences(sources, codes, genes)
         types, design = _design(obs, split[PERTURBATION].tolist())
         mean, variance = gene_moments(file["X"], training, len(names))
         columns = select_genes(mean, variance, settings.n_genes, np.isin(names, genes))
@@ -283,19 +284,25 @@ def _design(obs: pd.DataFrame, labels: Sequence[str]) -> tuple[list[str], dict[s
 
 
 def _rows(source: GeneCodes, genes: Sequence[str], others: Sequence[str] = ()) -> np.ndarray:
-    """Centred codes of ``genes``, then of ``others``, of unit length, zero where not covered.
+    """Centred codes of ``genes``, of unit length, then of ``others``; zero where not covered.
 
     What all genes share says nothing about one of them, and would be shrunken away anyway. The centre
-    is that of ``genes``, the screen's, alone.
+    is that of ``genes``, the screen's, alone. One of the ``others`` gets the code that a gene of the screen
+    with the same direction has, times its captured share, the length of its projection: the less of it
+    the source relates to the screen, the closer it is to zero, the average unseen gene.
     """
     position = {gene: row for row, gene in enumerate(source.genes)}
     wanted = [*genes, *others]
     known = np.array([gene in position for gene in wanted])
     values = np.zeros((len(wanted), source.values.shape[1]), dtype=np.float32)
     values[known] = source.values[[position[gene] for gene in wanted if gene in position]]
+    share = np.linalg.norm(values[len(genes) :], axis=1, keepdims=True)
+    values[len(genes) :] /= np.maximum(share, 1e-12)
     of_screen = np.flatnonzero(known[: len(genes)])
     if len(of_screen) > 1:
         values[known] -= values[of_screen].mean(axis=0)
     norms = np.linalg.norm(values, axis=1, keepdims=True)
     # A gene that the source cannot tell from the average is left at zero: rounding is no code.
-    return np.where(norms > 1e-5, values / np.maximum(norms, 1e-5), 0).astype(np.float32)
+    codes = np.where(norms > 1e-5, values / np.maximum(norms, 1e-5), 0).astype(np.float32)
+    codes[len(genes) :] *= share
+    return codes

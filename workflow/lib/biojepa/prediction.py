@@ -2,7 +2,8 @@
 
 The model was trained on everything, so nothing can be held out to judge it. What to expect of a
 prediction is what the same model, trained on folds of the same screen, reached on held-out
-perturbations of the same kind; see :func:`held_out_accuracy`.
+perturbations of the same kind: the same category, and as many genes that training had seen; see
+:func:`held_out_accuracy`. It averages all seeds, while the model that predicts has the first one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.labels import genes_of
 from biojepa.pairs import Pairs, multi_hot, trainable_labels
 from biojepa.prediction_requests import ALL
-from biojepa.splits import categorize
+from biojepa.splits import SeenGenes
 
 METRIC = "pearson_delta_perturbed_mean"
 UNINFORMED = ("mean", "no_change")
@@ -39,6 +40,9 @@ MEASURED = "measured"
 N_TOP = 10
 PREDICTED_AT_A_TIME = 256
 GENES_COMPARED_AT_A_TIME = 1024
+
+Kind = tuple[str, int]
+"""Category of a perturbation, and how many of its genes training had seen."""
 
 
 class PredictingModel(Protocol):
@@ -51,7 +55,7 @@ class PredictingModel(Protocol):
 
     @property
     def codes(self) -> Mapping[str, Any]:
-        """Prior sources that the model uses."""
+        """Codes that the model uses, as tensors: source to (perturbed genes, dim)."""
 
     def predict_membership(self, membership: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Predict multi-hot codes (n, perturbed genes): expression, its sd or None, tokens."""
@@ -107,16 +111,25 @@ class Predictions:
 
 
 def held_out_accuracy(
-    metrics: pd.DataFrame, summary: pd.DataFrame, model: str, settings: EvaluationSettings
-) -> dict[str, HeldOut]:
-    """Collect what a model reached on held-out perturbations, by category.
+    metrics: pd.DataFrame,
+    summary: pd.DataFrame,
+    model: str,
+    settings: EvaluationSettings,
+    splits: Mapping[int, pd.DataFrame],
+) -> dict[Kind, HeldOut]:
+    """Collect what a model reached on held-out perturbations, by category and number of genes seen.
+
+    A category of combinations counts partners that were trained on their own. Whether the others
+    occurred in a training combination, or were never seen at all, makes another kind: a pair of new genes
+    must not be trusted for what pairs of well-known ones reached.
 
     Two baselines answer two questions. *Is there anything better to use?* is asked of the best simple
     model, whose name and accuracy stand beside the model's. *Does the prediction say anything about this
     perturbation?* is asked of the better of ``mean`` and ``no_change``: they predict the same whatever is
     perturbed. It is the second that decides on abstaining. A model that is as good as the best simple
     one, and far better than knowing nothing, is worth reading; one that is not, is not. ``mean`` alone
-    would be too weak a bar: it scores 0 by definition, and *no change* often scores more.
+    would be too weak a bar: it scores 0 by definition, and *no change* often scores more. A model that is
+    clearly worse than the best simple one is abstained from as well: that one is the better answer.
 
     Parameters
     ----------
@@ -126,11 +139,14 @@ def held_out_accuracy(
         Name of the model.
     settings
         Of the evaluation: number and seed of bootstrap draws over perturbations, confidence.
+    splits
+        Fold to its ``split.tsv``, which says how many genes of a held-out perturbation were seen.
 
     Raises
     ------
     InputError
-        When the model, or every uninformed baseline, is not in the tables.
+        When the model, or every uninformed baseline, is not in the tables, or a scored perturbation is
+        not in the split of its fold.
     """
     rows = metrics[(metrics["metric"] == METRIC) & (metrics[PERTURBATION] != WHOLE_MODEL)]
     found = set(rows["model"])
@@ -142,9 +158,12 @@ def held_out_accuracy(
             f"add them to models in the config, and rerun the rule evaluate for {model}",
         )
     best = summary[(summary["metric"] == METRIC) & (summary["model"] == model)].set_index(CATEGORY)
+    n_seen = _genes_seen(rows, splits)
     reached = {}
-    for category in (name for name in CATEGORIES if name in set(rows[CATEGORY])):
-        inside = rows[rows[CATEGORY] == category]
+    for category, n_genes_seen in sorted(
+        set(zip(rows[CATEGORY], n_seen, strict=True)), key=lambda kind: (CATEGORIES.index(kind[0]), kind[1])
+    ):
+        inside = rows[(rows[CATEGORY] == category) & (n_seen == n_genes_seen)]
         scores = inside.groupby([PERTURBATION, "model"], observed=True)["value"].mean().unstack("model")
         if model not in scores or scores[model].isna().all():
             continue
@@ -152,17 +171,17 @@ def held_out_accuracy(
         uninformed = max(
             (name for name in UNINFORMED if name in scores), key=lambda name: scores[name].mean()
         )
-        # The best baseline of the summary is missing where no simple model was run but the mean.
+        # The best over the whole category, and missing where no simple model was run but the mean.
         named = best["best_baseline"].get(category) if "best_baseline" in best else None
         baseline = named if isinstance(named, str) and named in scores else uninformed
-        rng = np.random.default_rng([settings.seed, CATEGORIES.index(category)])
+        rng = np.random.default_rng([settings.seed, CATEGORIES.index(category), n_genes_seen])
         n = len(scores)
         counts = rng.multinomial(n, np.full(n, 1 / n), size=settings.draws).astype(float)
         gains = {
             other: _gain(scores[model] - scores[other], counts, settings.confidence)
             for other in (baseline, uninformed)
         }
-        reached[category] = HeldOut(
+        reached[category, n_genes_seen] = HeldOut(
             n=n,
             accuracy=float(scores[model].mean()),
             baseline=baseline,
@@ -172,6 +191,25 @@ def held_out_accuracy(
             uninformed_gain=gains[uninformed],
         )
     return reached
+
+
+def _genes_seen(rows: pd.DataFrame, splits: Mapping[int, pd.DataFrame]) -> np.ndarray:
+    """Count (rows,) the genes of each scored perturbation that training of its fold had seen."""
+    seen = {
+        (fold, label): n
+        for fold, table in splits.items()
+        for label, n in zip(table[PERTURBATION], table["n_genes_seen"], strict=True)
+    }
+    scored = list(zip(rows["fold"], rows[PERTURBATION], strict=True))
+    unknown = [kind for kind in scored if kind not in seen]
+    if unknown:
+        raise InputError(
+            "metrics.tsv",
+            f"{unknown[0][1]} of fold {unknown[0][0]}",
+            "a perturbation of that fold's split.tsv",
+            "rerun the evaluate stage",
+        )
+    return np.array([seen[kind] for kind in scored], dtype=np.int64)
 
 
 def _gain(difference: pd.Series, counts: np.ndarray, confidence: float) -> tuple[float, float, float]:
@@ -188,7 +226,7 @@ def predict_perturbations(
     model: PredictingModel,
     pairs: Pairs,
     requests: Sequence[str] | str,
-    held_out: Mapping[str, HeldOut],
+    held_out: Mapping[Kind, HeldOut],
     min_perturbations: int = 8,
 ) -> Predictions:
     """Predict perturbations, rank them by effect size, and say of each how far to trust it.
@@ -213,7 +251,7 @@ def predict_perturbations(
     Raises
     ------
     InputError
-        When the model was trained on another file than ``pairs``.
+        When the model was trained on another file than ``pairs``, or nothing asked for can be predicted.
     """
     made_with, here = model.facts.get("split_sha256"), pairs.facts.get("split_sha256")
     if made_with != here or model.perturbed_genes != pairs.perturbed_genes:
@@ -223,15 +261,24 @@ def predict_perturbations(
             f"the split {here} and the {len(pairs.perturbed_genes)} genes of pairs.h5",
             "rerun the train stage",
         )
-    # A model trained without priors knows no unseen gene, whatever the file says of it.
-    pairs = replace(pairs, codes={name: pairs.codes[name] for name in model.codes})
-    training = [pairs.labels[label] for label in trainable_labels(pairs)]
-    trained = {gene for label in training for gene in genes_of(label)}
+    # What the model uses counts, whatever the file says: it may know no source, or have shuffled the codes.
+    pairs = replace(pairs, codes={name: np.asarray(codes.cpu()) for name, codes in model.codes.items()})
+    training = {pairs.labels[label] for label in trainable_labels(pairs)}
+    seen = SeenGenes.of(training)
+    trained = set(seen.counts)
     covered = {name: _covered_genes(pairs, values) for name, values in pairs.codes.items()}
     coded = set().union(*covered.values())
     asked = sorted(coded) if isinstance(requests, str) and requests == ALL else list(requests)
-    predicted = [label for label in asked if set(genes_of(label)) <= trained | coded]
-    missing = [label for label in asked if label not in set(predicted)]
+    known = trained | coded
+    predicted = [label for label in asked if known.issuperset(genes_of(label))]
+    missing = [label for label in asked if not known.issuperset(genes_of(label))]
+    if not predicted:
+        raise InputError(
+            "config, key predict",
+            f"nothing that can be predicted: {', '.join(missing[:10]) or 'no gene with a code'}",
+            "genes that the screen perturbed, or that a prior source of the model relates to these",
+            "correct the symbols, or give the dataset a prior source that knows them",
+        )
 
     nearest = nearest_training_genes(
         pairs, {gene for label in predicted for gene in genes_of(label)}, trained
@@ -243,28 +290,28 @@ def predict_perturbations(
     rows = []
     for rank, place in enumerate(order, start=1):
         label = predicted[place]
-        category = MEASURED if label in training else categorize(label, training)[0]
+        kind = (MEASURED, 0) if label in training else seen.categorize(label)
         rows.append(
             {
                 "rank": rank,
                 PERTURBATION: label,
-                CATEGORY: category,
+                CATEGORY: kind[0],
                 "effect_size": size[place],
                 "effect_size_sd": np.nan if sd is None else _size_sd(change[place], sd[place]),
                 "top_up": _top(change[place], model.genes),
                 "top_down": _top(-change[place], model.genes, sign=-1),
                 **_nearest_columns(label, nearest),
                 **_coverage_columns(label, covered),
-                **_trust_columns(category, held_out.get(category), min_perturbations),
+                **_trust_columns(kind[0], held_out.get(kind), min_perturbations),
             }
         )
     symbols = sorted({*pairs.perturbed_genes, *pairs.genes})
     for label in missing:
-        unknown = [gene for gene in genes_of(label) if gene not in trained | coded]
+        unknown = [gene for gene in genes_of(label) if gene not in known]
         rows.append(
             {
                 PERTURBATION: label,
-                CATEGORY: categorize(label, training)[0],
+                CATEGORY: seen.categorize(label)[0],
                 **_coverage_columns(label, covered),
                 "abstain": True,
                 "trust": "not predicted: no prior source knows "
@@ -313,8 +360,9 @@ def _top(change: np.ndarray, genes: Sequence[str], sign: int = 1) -> str:
 def nearest_training_genes(pairs: Pairs, wanted: set[str], trained: set[str]) -> dict[str, tuple[str, float]]:
     """Find the training gene whose prior codes are most like those of each gene.
 
-    Similarity is the cosine of codes, averaged over the sources that cover both genes. A gene that
-    training perturbed is its own nearest, with similarity 1.
+    Similarity is the product of codes, averaged over the sources that cover both genes: their cosine,
+    times the captured share for a gene outside the screen. A gene that training perturbed is its own
+    nearest, with similarity 1.
 
     Returns
     -------
@@ -385,6 +433,9 @@ def _trust_columns(category: str, held_out: HeldOut | None, min_perturbations: i
     kind = "on held-out perturbations of this kind"
     if held_out.n < min_perturbations:
         words = f"only {held_out.n} held-out perturbation(s) of this kind: untested"
+        return {**numbers, "abstain": True, "trust": words}
+    if held_out.gain[2] < 0:
+        words = f"worse than {held_out.baseline} {kind}: use that instead"
         return {**numbers, "abstain": True, "trust": words}
     if not held_out.uninformed_gain[1] > 0:
         words = (

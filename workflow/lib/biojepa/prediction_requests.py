@@ -54,7 +54,13 @@ def read_requests(predict: Sequence[str] | str | None) -> list[str] | str:
             f"a list of perturbations, the path of a text file, or {ALL}",
             f"correct the path, or write a list: predict: [{path}]",
         )
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try:
+        # Some editors put a byte order mark in front.
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            path, f"text in another encoding ({error.reason})", "UTF-8", "save the file as UTF-8"
+        ) from None
     entries = [line.split("#", 1)[0].strip() for line in lines]
     return parse_requests([entry for entry in entries if entry], path)
 
@@ -72,6 +78,8 @@ def parse_requests(entries: Iterable[str], where: str | Path) -> list[str]:
         genes = [gene.strip() for gene in entry.split(GENE_SEPARATOR)]
         if not all(genes):
             problems.append(f"{entry!r} lacks a gene")
+        elif ALL in genes:
+            problems.append(f"{entry!r} is no gene (for all that a source covers, write predict: {ALL})")
         elif any(re.search(r"[\s,;|]", gene) for gene in genes):
             problems.append(f"{entry!r} holds a blank, comma, semicolon or bar")
         elif any(is_control_name(gene) for gene in genes):

@@ -125,7 +125,7 @@ def write_requested(
         content.layers[SD_LAYER] = sd.astype(np.float32)
     content.uns["provenance"] = json.dumps(dict(provenance), sort_keys=True)
     with atomic_path(path) as temporary:
-        content.write_h5ad(temporary)
+        content.write_h5ad(temporary, compression="gzip")
 
 
 def write_embeddings(

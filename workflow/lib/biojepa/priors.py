@@ -8,11 +8,14 @@ and :mod:`biojepa.coexpression`, of training cells.
 
 The directions that codes are expressed in are those of the genes that the screen perturbs. Other
 genes are projected on them, a block at a time, so that the codes of the screen's genes do not depend
-on what else is asked for, and no matrix is larger than (screen's genes, features).
+on what else is asked for, and no matrix is larger than (screen's genes, features). The code of a
+projected gene keeps the length of its projection: the share of what the source knows of it that the
+screen's genes can speak for.
 """
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +27,16 @@ from scipy import sparse
 
 from biojepa.errors import InputError
 from biojepa.gene_sets import read_gene_sets
+from biojepa.prior_names import require_file_names, source_name
 
 EDGE_COLUMNS = (("gene_a", "gene_b"), ("tf", "target"), ("source", "target"))
 WEIGHT_COLUMNS = ("weight", "score")
 # Genes that are projected at a time. Random walks are fastest in blocks that fit the processor's cache.
 PROJECTED_AT_A_TIME = 64
-# Share of a gene's features, by length, that must lie in the screen's directions for it to have a code.
-SMALLEST_PROJECTION = 1e-3
+# Share of a projected gene's features, by length, that must lie in the screen's directions for it to have a
+# code. The share bounds its cosine with every gene of the screen. Below 0.1, 99 % of what the source knows of
+# the gene, by squared length, is about nothing that the screen perturbed.
+SMALLEST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,10 @@ class GeneCodes:
     genes
         Gene symbols: those that the directions were found on, sorted, then the projected ones, sorted.
     values
-        ``(genes, dim)``, float32, rows of unit length, so that products are cosines.
+        ``(genes, dim)``, float32. Rows of the genes that the directions were found on have unit length,
+        so that products are cosines. That of a projected gene is as long as its captured share, the part
+        of its features (of length 1) that lies in the directions, so that its product with another gene
+        is no larger than their cosine in the source.
     """
 
     name: str
@@ -97,9 +106,10 @@ class PriorSource:
         genes
             Genes that the screen perturbs: centre, scale and directions are found on them.
         others
-            Genes to be projected on the same directions; they change no code of ``genes``. One that lies
-            outside all of them, such as in another component of a network, gets no code: the source
-            cannot relate it to any gene of the screen.
+            Genes to be projected on the same directions; they change no code of ``genes``. Their codes
+            keep the length of the projection, and one of captured share below ``SMALLEST_SHARE``, such as
+            of a gene in another component of a network, gets no code: the source cannot relate it to the
+            genes of the screen.
         """
         wanted = sorted(set(genes) & self.known)
         if not wanted:
@@ -117,15 +127,16 @@ class PriorSource:
         kept = max(1, min(dim, int((singular > 1e-6 * singular[0]).sum())))
         signs = _signs(left[:, :kept])
         blocks = [_unit_rows(left[:, :kept] * signs * singular[:kept])]
-        names, candidates = wanted, sorted((set(others) & self.known) - set(wanted))
+        names, candidates = list(wanted), sorted((set(others) & self.known) - set(wanted))
         for first in range(0, len(candidates), PROJECTED_AT_A_TIME):
             genes_of_block = candidates[first : first + PROJECTED_AT_A_TIME]
             block = ((self.quick_features or self.features)(genes_of_block) - centre) / scale
             projected = block @ right[:kept].T * signs
-            length = np.linalg.norm(projected, axis=1)
-            related = np.flatnonzero(length > SMALLEST_PROJECTION * np.linalg.norm(block, axis=1))
-            names = [*names, *(genes_of_block[row] for row in related)]
-            blocks.append(_unit_rows(projected[related]))
+            whole = np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
+            captured = (projected / whole).astype(np.float32)
+            related = np.flatnonzero(np.linalg.norm(captured, axis=1) >= SMALLEST_SHARE)
+            names += [genes_of_block[row] for row in related]
+            blocks.append(captured[related])
         return GeneCodes(self.name, tuple(names), np.concatenate(blocks))
 
 
@@ -139,12 +150,10 @@ def read_network(path: str | Path) -> pd.DataFrame:
     Raises
     ------
     InputError
-        When the file has no pair of columns that could be an edge, a weight that is no number, or no
-        edge.
+        When the file is no table, has no pair of columns that could be an edge, a weight that is no
+        number, or no edge.
     """
-    # Only an empty field is missing: NA is a gene alias. Tabs unless the name says otherwise.
-    separator = "," if ".csv" in Path(path).suffixes else "\t"
-    table = pd.read_csv(path, sep=separator, keep_default_na=False)
+    table = _read_table(path)
     for first, second in EDGE_COLUMNS:
         if first in table and second in table:
             break
@@ -171,13 +180,63 @@ def read_network(path: str | Path) -> pd.DataFrame:
     return edges
 
 
+def _separator(path: str | Path) -> str:
+    """Tabs, unless the name of the file says otherwise."""
+    return "," if ".csv" in Path(path).suffixes else "\t"
+
+
+def _read_table(path: str | Path, named: bool = False) -> pd.DataFrame:
+    """Read a table as it is; the first column is text where it is ``named``.
+
+    Only an empty field is missing: NA is a gene alias.
+    """
+    try:
+        first = pd.read_csv(path, sep=_separator(path), nrows=0, encoding="utf-8-sig").columns[0]
+        table = pd.read_csv(
+            path,
+            sep=_separator(path),
+            keep_default_na=False,
+            dtype={first: str} if named else None,
+            encoding="utf-8-sig",
+        )
+    except (pd.errors.EmptyDataError, IndexError):
+        raise InputError(
+            path, "an empty file", "a header and at least one row", "write the table again"
+        ) from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise InputError(
+            path,
+            f"no table: {error}",
+            "UTF-8 text, as many fields in each row as in the header",
+            "save it as text, separated by tabs, or by commas in a file called .csv",
+        ) from None
+    # What R writes by default: pandas takes the first column for row names and shifts all others.
+    if not isinstance(table.index, pd.RangeIndex):
+        raise InputError(
+            path,
+            f"rows with more fields than the {table.shape[1]} of the header",
+            "a name for every column, that of the genes too",
+            "put the missing name in front of the header (in R: write.table with col.names = NA)",
+        )
+    return table
+
+
+def _line(path: str | Path, row: int) -> int:
+    """Line of a file, from 1, that holds a row of its table, from 0; blank lines are no rows."""
+    blanks = " \t\r\n".replace(_separator(path), "")
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8-sig") as lines:
+        filled = (number for number, line in enumerate(lines, start=1) if line.strip(blanks))
+        return next(number for place, number in enumerate(filled) if place == row + 1)
+
+
 def _numbers(weight: pd.Series, path: str | Path) -> np.ndarray:
     """Take the size of the weights ``(edges,)``; a missing one would spread through the whole network."""
     values = pd.to_numeric(weight, errors="coerce").abs().to_numpy(float)
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise InputError(
-            f"{path} line {bad[0] + 2}, column {weight.name}",
+            f"{path} line {_line(path, bad[0])}, column {weight.name}",
             repr(weight.iloc[bad[0]]),
             "a number",
             "give every edge a weight, or drop the column to weigh all edges alike",
@@ -240,13 +299,6 @@ def network_source(
     return PriorSource(name, frozenset(nodes.tolist()), profiles, where, quick_features=quick)
 
 
-def network_codes(
-    name: str, edges: pd.DataFrame, genes: Sequence[str], dim: int = 64, restart: float = 0.2
-) -> GeneCodes:
-    """Embed ``genes`` by :func:`network_source` in at most ``dim`` dimensions; strangers get no code."""
-    return network_source(name, edges, restart).codes(genes, dim)
-
-
 def gene_set_source(name: str, sets: Mapping[str, Sequence[str]], where: str | Path = "") -> PriorSource:
     """Describe genes by their membership in gene sets, weighted by rarity: 1 + log(genes / set size)."""
     sets_of: dict[str, list[int]] = {}
@@ -264,13 +316,6 @@ def gene_set_source(name: str, sets: Mapping[str, Sequence[str]], where: str | P
     return PriorSource(name, frozenset(sets_of), memberships, where)
 
 
-def gene_set_codes(
-    name: str, sets: Mapping[str, Sequence[str]], genes: Sequence[str], dim: int = 64
-) -> GeneCodes:
-    """Embed ``genes`` by :func:`gene_set_source` in at most ``dim`` dimensions; strangers get no code."""
-    return gene_set_source(name, sets).codes(genes, dim)
-
-
 def read_gene_table(path: str | Path) -> pd.DataFrame:
     """Read a table of gene features: text or protein embeddings, or any numbers.
 
@@ -281,13 +326,11 @@ def read_gene_table(path: str | Path) -> pd.DataFrame:
     Raises
     ------
     InputError
-        When there is no feature, a gene occurs twice or has no name, or a value is no finite number;
-        naming the row and the column.
+        When the file is no table, there is no feature, a gene occurs twice or has no name, or a value is
+        no finite number, naming the row and the column; or when no feature differs between genes.
     """
-    # Only an empty field is missing: NA is a gene alias. Tabs unless the name says otherwise.
-    separator = "," if ".csv" in Path(path).suffixes else "\t"
-    first = pd.read_csv(path, sep=separator, nrows=0).columns[0]
-    table = pd.read_csv(path, sep=separator, keep_default_na=False, dtype={first: str}, index_col=False)
+    table = _read_table(path, named=True)
+    first = table.columns[0]
     genes = table[first].str.strip()
     if table.shape[1] < 2 or table.empty:
         raise InputError(
@@ -298,11 +341,12 @@ def read_gene_table(path: str | Path) -> pd.DataFrame:
         )
     unnamed = np.flatnonzero(genes == "")
     if len(unnamed):
-        raise InputError(f"{path} line {unnamed[0] + 2}", "an empty gene", "a gene symbol", "fill it in")
+        where = f"{path} line {_line(path, unnamed[0])}"
+        raise InputError(where, "an empty gene", "a gene symbol", "fill it in")
     repeated = np.flatnonzero(genes.duplicated())
     if len(repeated):
         raise InputError(
-            f"{path} line {repeated[0] + 2}, column {first}",
+            f"{path} line {_line(path, repeated[0])}, column {first}",
             f"gene {genes.iloc[repeated[0]]} a second time",
             "one row per gene",
             "average the rows of a gene, or keep one",
@@ -313,12 +357,19 @@ def read_gene_table(path: str | Path) -> pd.DataFrame:
         bad = np.flatnonzero(~np.isfinite(numbers))
         if len(bad):
             raise InputError(
-                f"{path} line {bad[0] + 2} (gene {genes.iloc[bad[0]]}), column {column}",
+                f"{path} line {_line(path, bad[0])} (gene {genes.iloc[bad[0]]}), column {column}",
                 repr(table[column].iloc[bad[0]]),
                 "a finite number",
                 "leave out genes without features, and columns that are not numbers",
             )
         values[column] = numbers
+    if all((numbers == numbers[0]).all() for numbers in values.values()):
+        raise InputError(
+            path,
+            f"the same features for all {len(genes)} gene(s)",
+            "at least one column that differs between genes",
+            "check the columns, or take the file out of the dataset's row",
+        )
     return pd.DataFrame(values, index=pd.Index(genes, name="gene"))
 
 
@@ -345,35 +396,14 @@ def read_sources(
     Raises
     ------
     InputError
-        When a file cannot be used, or two sources would share a name.
+        When a file cannot be used, two sources would share a name, or a name is taken.
     """
-    sources = [
-        *(network_source(_source_name(path), read_network(path), restart, path) for path in networks),
-        *(gene_set_source(_source_name(path), read_gene_sets(path), path) for path in gene_sets),
-        *(gene_table_source(_source_name(path), read_gene_table(path), path) for path in gene_tables),
+    require_file_names([*networks, *gene_sets, *gene_tables])
+    return [
+        *(network_source(source_name(path), read_network(path), restart, path) for path in networks),
+        *(gene_set_source(source_name(path), read_gene_sets(path), path) for path in gene_sets),
+        *(gene_table_source(source_name(path), read_gene_table(path), path) for path in gene_tables),
     ]
-    require_names(sources)
-    return sources
-
-
-def require_names(sources: Sequence[PriorSource]) -> None:
-    """Stop when two sources share a name.
-
-    Raises
-    ------
-    InputError
-        Naming the second file.
-    """
-    names: set[str] = set()
-    for source in sources:
-        if source.name in names:
-            raise InputError(
-                source.where,
-                f"a second source called {source.name!r}",
-                "files whose names differ before the first dot",
-                "rename the file",
-            )
-        names.add(source.name)
 
 
 def read_priors(
@@ -385,10 +415,6 @@ def read_priors(
 ) -> list[GeneCodes]:
     """Codes of ``genes`` from networks and gene sets; see :func:`read_sources`."""
     return [source.codes(genes, dim) for source in read_sources(networks, gene_sets, restart=restart)]
-
-
-def _source_name(path: str | Path) -> str:
-    return Path(path).name.split(".")[0]
 
 
 CODED = "coded by prior sources"
@@ -437,4 +463,24 @@ def require_coverage(sources: Sequence[PriorSource], genes: Sequence[str]) -> No
                 "genes",
                 f"symbols such as {', '.join(list(genes)[:3])}",
                 f"use a file with the same gene symbols and species, or {source.remedy}",
+            )
+
+
+def require_differences(
+    sources: Sequence[PriorSource], codes: Mapping[str, np.ndarray], genes: Sequence[str]
+) -> None:
+    """Stop when a source cannot tell the perturbed genes apart: all their codes are zero.
+
+    Raises
+    ------
+    InputError
+        Naming the file and how many of the perturbed genes it knows.
+    """
+    for source in sources:
+        if not codes[source.name][: len(genes)].any():
+            raise InputError(
+                source.where,
+                f"the same for all perturbed genes that it knows, {len(source.known & set(genes))}",
+                "differences between at least two of them",
+                f"check the file, or {source.remedy}",
             )

@@ -7,12 +7,21 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 from anndata.io import read_elem
 
 from biojepa.contracts import CONTROL, GENE_SEPARATOR, PERTURBATION
 from biojepa.errors import InputError
 from biojepa.pairs import rows_of_matrix
+from biojepa.prior_names import RESPONSES
 from biojepa.priors import PriorSource
+from biojepa.splits import LeakageError
+
+# Cells of the same name that are compared, and share of this screen's perturbed cells that may be the same.
+COMPARED_CELLS = 500
+LARGEST_OVERLAP = 0.01
+# Counts of two cells with fewer genes in common may be proportional by chance.
+MIN_SHARED_GENES = 5
 
 
 def mean_responses(cells_path: str | Path) -> tuple[tuple[str, ...], np.ndarray]:
@@ -58,7 +67,7 @@ def response_source(dataset: str, cells_path: str | Path) -> PriorSource:
     """Describe genes by their mean response in another screen, in its principal components.
 
     Only cells of that other screen are read, so nothing of a held-out perturbation of this one is seen;
-    that the two are different screens is checked with the config.
+    that the two are different screens is checked with the config and by :func:`refuse_same_cells`.
 
     Parameters
     ----------
@@ -73,4 +82,66 @@ def response_source(dataset: str, cells_path: str | Path) -> PriorSource:
     def rows(wanted: Sequence[str]) -> np.ndarray:
         return changes[[position[gene] for gene in wanted]]
 
-    return PriorSource(f"responses_{dataset}", frozenset(genes), rows, cells_path, centred=True)
+    return PriorSource(f"{RESPONSES}{dataset}", frozenset(genes), rows, cells_path, centred=True)
+
+
+def refuse_same_cells(cells_path: str | Path, other_path: str | Path) -> None:
+    """Leakage sentinel: stop when another screen holds cells of this one, whatever its file is called.
+
+    A copy of the experiment, or a part of it, would give away the responses of held-out perturbations.
+    Cells are the same when they have the same name and the same counts up to a factor over the genes of
+    both files, so that neither normalization nor filters hide a copy; barcodes that coincide by chance are
+    no copy. Controls may be shared: they hold no response.
+
+    Parameters
+    ----------
+    cells_path, other_path
+        ``cells.h5ad`` of this screen, and of the one whose responses are prior knowledge.
+
+    Raises
+    ------
+    LeakageError
+        When more than ``LARGEST_OVERLAP`` of this screen's perturbed cells are in the other, estimated on
+        at most ``COMPARED_CELLS`` cells whose names are in both.
+    """
+    with h5py.File(cells_path, "r") as own, h5py.File(other_path, "r") as other:
+        obs = read_elem(own["obs"])
+        perturbed = obs.index[(obs[PERTURBATION].astype(str) != CONTROL).to_numpy()]
+        names = perturbed.intersection(read_elem(other["obs"]).index)
+        compared = np.random.default_rng(0).permutation(names)[:COMPARED_CELLS]
+        same = 0
+        if len(compared):
+            rows = [_common_counts(file, compared, own, other) for file in (own, other)]
+            same = sum(_proportional(one, two) for one, two in zip(*rows, strict=True))
+    overlap = same / max(len(compared), 1) * len(names) / max(len(perturbed), 1)
+    if overlap > LARGEST_OVERLAP:
+        raise LeakageError(
+            f"{other_path} holds about {overlap:.0%} of the perturbed cells of {cells_path}: "
+            f"{len(names)} have the same name, and {same} of {len(compared)} compared have the same counts, "
+            "so that responses of held-out perturbations would be given away. Fix: take that dataset out of "
+            "the column responses"
+        )
+
+
+def _common_counts(file: h5py.File, cells: np.ndarray, own: h5py.File, other: h5py.File) -> list[np.ndarray]:
+    """Take counts of ``cells`` over the genes of both files, up to a factor for each cell, in one order."""
+    genes = [pd.Index(read_elem(one["var"]).index) for one in (own, other)]
+    common = genes[0].intersection(genes[1]).sort_values()
+    columns = pd.Index(read_elem(file["var"]).index).get_indexer(common)
+    places = pd.Index(read_elem(file["obs"]).index).get_indexer(cells)
+    matrix, counts = file["X"], []
+    for place in places:
+        first, end = matrix["indptr"][place : place + 2]
+        dense = np.zeros(int(matrix.attrs["shape"][1]))
+        dense[matrix["indices"][first:end]] = np.expm1(matrix["data"][first:end].astype(np.float64))
+        counts.append(dense[columns])
+    return counts
+
+
+def _proportional(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two cells express the same genes, in the same proportions to single precision."""
+    expressed = one > 0
+    if expressed.sum() < MIN_SHARED_GENES or not np.array_equal(expressed, other > 0):
+        return False
+    ratio = one[expressed] / other[expressed]
+    return bool(ratio.max() <= (1 + 1e-3) * ratio.min())

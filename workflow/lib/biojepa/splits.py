@@ -7,7 +7,9 @@ beside it carries its SHA-256, which every later stage checks before it trusts t
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,35 +38,53 @@ class LeakageError(StoppedRun):
     """A held-out perturbation was found where only training perturbations may be."""
 
 
-def categorize(label: str, training: Collection[str]) -> tuple[str, int]:
-    """Say what training knows of a label's genes.
+@dataclass(frozen=True)
+class SeenGenes:
+    """Genes that training perturbs.
 
-    Parameters
+    Attributes
     ----------
-    label
-        A perturbation, genes joined by ``+``.
-    training
-        Labels of the training perturbations.
-
-    Returns
-    -------
-    category
-        ``combo_seen2`` when every partner is trained as a single, ``combo_seen1`` when some are,
-        ``combo_seen0`` when none is; ``single_in_combo`` when the gene occurs in a trained
-        combination, ``single`` when training never perturbed it.
-    n_genes_seen
-        Genes of the label that occur in any training perturbation.
+    singles
+        Genes that are perturbed on their own.
+    counts
+        Gene to the training perturbations that carry it.
     """
-    singles = {name for name in training if GENE_SEPARATOR not in name}
-    seen = {gene for name in training for gene in genes_of(name)}
-    genes = genes_of(label)
-    n_seen = sum(gene in seen for gene in genes)
-    if len(genes) == 1:
-        return ("single_in_combo" if n_seen else "single"), n_seen
-    n_singles = sum(gene in singles for gene in genes)
-    if n_singles == len(genes):
-        return "combo_seen2", n_seen
-    return ("combo_seen1" if n_singles else "combo_seen0"), n_seen
+
+    singles: frozenset[str]
+    counts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, training: Iterable[str]) -> SeenGenes:
+        """Collect the genes of training perturbations."""
+        names = set(training)
+        counts = Counter(gene for name in names for gene in genes_of(name))
+        return cls(frozenset(name for name in names if GENE_SEPARATOR not in name), counts)
+
+    def categorize(self, label: str) -> tuple[str, int]:
+        """Say what training knows of a label's genes.
+
+        Returns
+        -------
+        category
+            ``combo_seen2`` when every partner is trained as a single, ``combo_seen1`` when some are,
+            ``combo_seen0`` when none is; ``single_in_combo`` when the gene occurs in a trained
+            combination, ``single`` when training never perturbed it.
+        n_genes_seen
+            Genes of the label that occur in any training perturbation.
+        """
+        genes = genes_of(label)
+        n_seen = sum(gene in self.counts for gene in genes)
+        if len(genes) == 1:
+            return ("single_in_combo" if n_seen else "single"), n_seen
+        n_singles = sum(gene in self.singles for gene in genes)
+        if n_singles == len(genes):
+            return "combo_seen2", n_seen
+        return ("combo_seen1" if n_singles else "combo_seen0"), n_seen
+
+
+def categorize(label: str, training: Collection[str]) -> tuple[str, int]:
+    """Say what training knows of one label's genes; see :meth:`SeenGenes.categorize`."""
+    return SeenGenes.of(training).categorize(label)
 
 
 def split_perturbations(
@@ -155,11 +175,13 @@ def split_table(
     names: Sequence[str], validation: Collection[str], test: Collection[str], training: Collection[str]
 ) -> pd.DataFrame:
     """Lay out one fold as a table; ``category`` is empty for training perturbations."""
+    seen, trained = SeenGenes.of(training), set(training)
     rows = []
     for name in names:
         group = TEST if name in test else VAL if name in validation else TRAIN
-        others = [other for other in training if other != name]
-        category, n_seen = categorize(name, others)
+        category, n_seen = seen.categorize(name)
+        if name in trained:  # what the other training perturbations know of it
+            n_seen = sum(seen.counts[gene] > 1 for gene in genes_of(name))
         rows.append((name, group, "" if group == TRAIN else category, n_seen))
     return pd.DataFrame(rows, columns=list(SPLIT_COLUMNS))
 
