@@ -80,6 +80,7 @@ VARIANTS: dict[str, Variant] = {
     "PCA instead of JEPA": Variant({"embedding": "pca"}),
     "untrained encoder": Variant({"embedding": "untrained"}),
     "no action term": encoder(action_weight=0.0),
+    "action term of weight 3": encoder(action_weight=3.0),
     "mask 10-30 %": encoder(mask_low=0.1, mask_high=0.3),
     "mask 60-90 %": encoder(mask_low=0.6, mask_high=0.9),
     "mask modules": encoder(masking="modules"),
@@ -126,9 +127,7 @@ class Fold:
 
 def predicted(model: TrainedModel, fold: Fold) -> np.ndarray:
     """Change of expression of the labels to score, before it is cut off at zero expression."""
-    asked = model.asked(fold.labels)
-    share = 1 - model.weight if model.blended else 1.0
-    return share * model.linear_change(asked[0]) + model.weight * model.latent_change(*asked)
+    return model.change(*model.asked(fold.labels))
 
 
 def measure(folder: Path, number: int, group: str, names: list[str], threads: int) -> list[dict[str, Any]]:

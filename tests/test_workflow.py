@@ -332,7 +332,8 @@ def test_predictions_are_the_linear_branch_plus_what_the_gate_lets_through(finis
         position = {label: row for row, label in enumerate(model.labels)}
         asked = model.asked(np.array([position[label] for label in written.obs["perturbation"]]))
         change = model.linear_change(asked[0]) + model.weight * model.latent_change(*asked)
-        expected = np.maximum(model.control_expression.numpy() + change, 0)
+        assert model.scale == figures["scale"]
+        expected = np.maximum(model.control_expression.numpy() + model.scale * change, 0)
         np.testing.assert_allclose(written.X, expected, atol=1e-5)
         # The linear branch is not that of the baseline: half of it looks at the embedding.
         alone = ad.read_h5ad(finished.fold(fold, "kernel_ridge", "seed0", "embed", "predictions.h5ad"))

@@ -271,19 +271,30 @@ def test_predictions_are_control_plus_the_linear_branch_plus_the_gated_latent_ch
     membership, codes = case.pairs.membership[case.test], case.pairs.codes
     readout = model.readout.weight.double().numpy()
     for weight in (0.0, 0.7):
-        gated = replace(model, weight=weight)
+        gated = replace(model, weight=weight, scale=0.8)
         expression, sd, tokens = gated.predict(case.test)
         z = model.control_tokens.expand(len(case.test), -1, -1)
         with torch.no_grad():
             moved = (model.predictor(z, torch.from_numpy(membership).float()) - z).numpy()
         linear = model.branch.change(membership, codes, readout)
         change = weight * moved.reshape(len(moved), -1) @ readout + linear
-        expected = np.maximum(model.control_expression.numpy() + change, 0)
+        expected = np.maximum(model.control_expression.numpy() + 0.8 * change, 0)
         np.testing.assert_allclose(expression, expected, atol=1e-5)
         linear_tokens = model.branch.token_change(membership, codes).reshape(moved.shape)
-        np.testing.assert_allclose(tokens, z.numpy() + weight * moved + linear_tokens, atol=1e-5)
-        np.testing.assert_allclose(sd, model.branch.standard_deviation(membership, codes), rtol=1e-5)
+        np.testing.assert_allclose(tokens, z.numpy() + 0.8 * (weight * moved + linear_tokens), atol=1e-5)
+        np.testing.assert_allclose(sd, 0.8 * model.branch.standard_deviation(membership, codes), rtol=1e-5)
         assert (expression >= 0).all()
+
+
+def test_validation_perturbations_scale_the_change_but_few_of_them_only_a_little(case, trained):
+    model, validation = trained[0], case.pairs.labels_of(VAL)
+    means, control = case.pairs.pseudobulk()
+    said = replace(model, scale=1.0).change(*model.asked(validation))
+    observed = means[validation] - control
+    best = (said * observed).sum() / (said**2).sum()
+    n = len(validation)
+    assert model.scale == pytest.approx((n * best + 4) / (n + 4), rel=1e-5)
+    assert model.scale != 1.0
 
 
 def test_without_its_latent_view_the_linear_branch_is_the_kernel_ridge_baseline(case, trained):
@@ -510,10 +521,10 @@ def test_joint_training_trains_both_at_once_and_a_reused_encoder_is_standardized
     assert torch.equal(model.embedding.token_scale, torch.ones_like(model.embedding.token_scale))
     asked = model.asked(case.test)
     w = metrics["latent_weight"]
-    change = (1 - w) * model.linear_change(asked[0]) + w * model.latent_change(*asked)
+    change = model.scale * ((1 - w) * model.linear_change(asked[0]) + w * model.latent_change(*asked))
     expected = np.maximum(model.control_expression.numpy() + change, 0)
     np.testing.assert_allclose(model.predict(case.test)[0], expected, atol=1e-5)
-    blended = replace(model, weight=0.25)
+    blended = replace(model, weight=0.25, scale=1.0)
     change = 0.75 * model.linear_change(asked[0]) + 0.25 * model.latent_change(*asked)
     expected = np.maximum(model.control_expression.numpy() + change, 0)
     np.testing.assert_allclose(blended.predict(case.test)[0], expected, atol=1e-5)

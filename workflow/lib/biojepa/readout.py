@@ -117,10 +117,19 @@ def gate(addition: np.ndarray, residual: np.ndarray) -> tuple[float, float]:
     return (float(np.clip(coefficient * (1 - 1 / t**2), 0, 1)), t) if t >= MIN_T else (0.0, t)
 
 
-def calibrate_scale(prediction: np.ndarray, observed: np.ndarray) -> float:
+def calibrate_scale(prediction: np.ndarray, observed: np.ndarray, pseudo: float = 0.0) -> float:
     """Return the factor, 0 to 2, that best scales predicted Δ to observed Δ of validation perturbations.
 
-    1 when there is no validation perturbation.
+    Parameters
+    ----------
+    prediction, observed
+        ``(V, genes)``; the factor is 1 when there is no validation perturbation.
+    pseudo
+        Perturbations of average predicted size to add whose best factor is 1: few real ones then move
+        the factor little.
     """
     energy = (prediction**2).sum()
-    return float(np.clip((prediction * observed).sum() / energy, 0, 2)) if energy > 1e-12 else 1.0
+    if energy <= 1e-12:
+        return 1.0
+    prior = pseudo * energy / len(prediction)
+    return float(np.clip(((prediction * observed).sum() + prior) / (energy + prior), 0, 2))

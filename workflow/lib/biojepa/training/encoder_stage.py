@@ -113,7 +113,7 @@ class EncoderSettings:
     sigreg: float = 0.05
     target: str = "ema"
     ema: float = 0.996
-    action_weight: float = 3.0
+    action_weight: float = 0.3
     monitor_every: int = 100
     checkpoint_every: int = 500
 

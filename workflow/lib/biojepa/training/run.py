@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 MIN_GATED = 3
 GATE_FOLDS = 3
 PROBED_CELLS = 3000
+SCALE_PSEUDO = 4.0
 
 
 def prior_codes(pairs: Pairs, priors: str, seed: int) -> dict[str, np.ndarray]:
@@ -220,6 +221,11 @@ def train_model(
         )
         latent = _Latent(fold, summary, tokens, left_out, seed, checkpoint_folder, fingerprint)
         predictor_rows, t = latent.weigh(model) if jointly else latent.train_and_weigh(model)
+        if branch is not None:
+            # The branch learned from tokens of cells that the encoder was trained on, whose changes are a
+            # little too large.
+            said = model.change(*model.asked(fold.validation))
+            model.scale = calibrate_scale(said, summary.delta[fold.validation], SCALE_PSEUDO)
 
     for row in predictor_rows:
         execution.tracker.add("predictor", row)
@@ -245,6 +251,7 @@ def train_model(
         "readout_penalty": penalty,
         "latent_weight": model.weight,
         "latent_weight_t": t,
+        "scale": model.scale,
         "linear_weights": {} if branch is None else branch.weights,
         # Before they are standardized, which would hide a collapse.
         "embedding": statistics(

@@ -51,6 +51,9 @@ class TrainedModel:
         The linear branch, or ``None`` where the latent predictor stands alone.
     weight
         The gate of the latent prediction, or its scale where it stands alone.
+    scale
+        Factor of the whole predicted change, which validation perturbations set; 1 where the latent
+        predictor stands alone, whose weight is its scale.
     blended
         Whether the latent prediction takes the place of that share of the linear branch, instead of
         being added to it.
@@ -72,6 +75,7 @@ class TrainedModel:
     dose: np.ndarray
     branch: LinearBranch | None
     weight: float
+    scale: float = 1.0
     blended: bool = False
 
     @property
@@ -119,19 +123,28 @@ class TrainedModel:
             When ``membership`` has another shape.
         """
         self._require_membership(membership)
-        change = self.weight * self._token_change(membership, type_code, dose)
-        expression = self.control_expression + self.readout.change(change)
-        tokens, sd = self.control_tokens + change, None
+        moved, sd = self.weight * self._token_change(membership, type_code, dose), None
         if self.branch is not None:
             codes = self._plain_codes()
-            share = 1 - self.weight if self.blended else 1.0
-            expression = expression + share * self._tensor(self.linear_change(membership))
-            tokens = tokens + share * self._tensor(self.branch.token_change(membership, codes)).view_as(
-                change
-            )
-            sd = self.branch.standard_deviation(membership, codes).astype(np.float32)
+            linear = self._tensor(self.branch.token_change(membership, codes)).view_as(moved)
+            moved = moved + self._linear_weight * linear
+            sd = (self.scale * self.branch.standard_deviation(membership, codes)).astype(np.float32)
+        expression = self.control_expression + self._tensor(self.change(membership, type_code, dose))
+        tokens = self.control_tokens + self.scale * moved
         # A mean of log1p values cannot be negative.
         return expression.clamp(min=0).cpu().numpy(), sd, tokens.cpu().numpy()
+
+    def change(
+        self, membership: np.ndarray, type_code: np.ndarray | None = None, dose: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Change of expression (n, genes) that the whole model says; parameters as above."""
+        self._require_membership(membership)
+        linear = self._linear_weight * self.linear_change(membership)
+        return self.scale * (linear + self.weight * self.latent_change(membership, type_code, dose))
+
+    @property
+    def _linear_weight(self) -> float:
+        return 1 - self.weight if self.blended else 1.0
 
     def linear_change(self, membership: np.ndarray) -> np.ndarray:
         """Change of expression (n, genes) that the linear branch alone says; zero without one."""
@@ -196,6 +209,7 @@ class TrainedModel:
             "control_expression": self.control_expression,
             "branch": None if self.branch is None else _tensors(self.branch.state()),
             "weight": self.weight,
+            "scale": self.scale,
             "blended": self.blended,
         }
         with atomic_path(path) as temporary:
@@ -269,6 +283,7 @@ def load_model(path: str | Path, device: str = "cpu") -> TrainedModel:
         dose=content["dose"].cpu().numpy(),
         branch=None if content["branch"] is None else LinearBranch(**_arrays(content["branch"])),
         weight=content["weight"],
+        scale=content["scale"],
         blended=content["blended"],
     )
 
