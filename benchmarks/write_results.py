@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from ablation_table import ablation_lines
+from ablation_table import ablation_lines, settings_of
 
 METRICS = {
     "pearson_delta_perturbed_mean": "Pearson Δ",
@@ -29,18 +29,17 @@ CATEGORIES = ("combo_seen2", "combo_seen1", "combo_seen0", "single_in_combo", "s
 DRAWS = 4000
 HEAD = """# Results
 
-Made by `python benchmarks/write_results.py results > docs/results.md` after these runs, on two CPU cores
+Made by `python benchmarks/write_results.py results > docs/results.md` after this run, on two CPU cores
 without a GPU. `FOLDER` holds the two published screens, the networks and the gene sets.
 
 ```sh
-./run.sh demo
-./run.sh --cores 2 --configfile config/examples/norman_tiny.yaml --config data_dir=FOLDER
-./run.sh --cores 2 --configfile config/examples/papalexi.yaml --config data_dir=FOLDER
+./run.sh --cores 2 --configfile config/examples/ablation.yaml --config data_dir=FOLDER
 ```
 
-Means over held-out perturbations, 95 % bootstrap intervals over perturbations. The paired differences are
-bootstrapped too. `duplicate`, `interpolated_duplicate` and the oracles see test cells, as positive controls
-must. `no_change` is not at 0: weak perturbations look alike relative to the mean of all.
+All five folds, one seed. Means over held-out perturbations, 95 % bootstrap intervals over perturbations. The
+paired differences are bootstrapped too. `duplicate`, `interpolated_duplicate` and the oracles see test cells,
+as positive controls must. `no_change` is not at 0: weak perturbations look alike relative to the mean of all.
+What the names mean: [config/README.md](../config/README.md#models).
 """
 
 
@@ -111,11 +110,11 @@ def section(folder: Path) -> Iterator[str]:
     yield ""
     yield from by_category(summary)
     yield ""
-    others = ("mean", "no_change", "shuffled_priors", "ridge", "multihot", "kernel_ridge", "pca_predictor")
+    others = ("mean", "no_change", "shuffled_priors", "ridge", "multihot", "kernel_ridge", "pca", "untrained")
     known = set(metrics["model"])
     yield from paired(metrics, verdict["model"], [name for name in others if name in known])
     yield ""
-    yield from ablation_lines(metrics)
+    yield from ablation_lines(metrics, settings_of(folder.parents[2], dataset))
 
 
 def effort(folder: Path) -> Iterator[str]:

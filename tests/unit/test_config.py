@@ -378,6 +378,18 @@ def test_what_to_predict_is_nothing_a_list_a_file_or_all(folder, predict):
             },
             r"is pca_predictor_noprior, which uses no prior source.*expected a model with priors",
         ),
+        (
+            {"predict": ["KLF1"], "train": {"stages": "joint"}},
+            r"is biojepa, whose size of effects only held-out perturbations can set; expected .*stages: two",
+        ),
+        (
+            {
+                "predict": ["KLF1"],
+                "evaluate": {"model": "pca_predictor"},
+                "models": ["mean", "pca_predictor"],
+            },
+            r"is pca_predictor, whose size of effects only held-out perturbations can set",
+        ),
         ({"predict": "all", "run": ["mine"]}, r"row mine: no prior source, though predict is all"),
         ({"predict": ["all"]}, r"'all' is no gene .*write predict: all"),
     ],

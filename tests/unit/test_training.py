@@ -286,6 +286,21 @@ def test_predictions_are_control_plus_the_linear_branch_plus_the_gated_latent_ch
         assert (expression >= 0).all()
 
 
+def test_a_model_embeds_cells_block_by_block_and_refuses_other_shapes(case, trained):
+    model, store = trained[0], CellStore(case.pairs, torch.device("cpu"))
+    cells = torch.arange(50)
+    x, library = store.rows(cells), store.log_library[cells]
+    expected = model.embedding(x, library)
+    tokens = model.encode(x.numpy(), library.numpy(), block=16)
+    torch.testing.assert_close(torch.from_numpy(tokens), expected, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(model.embed(x.numpy(), library.numpy()), tokens.mean(axis=1), atol=1e-5)
+    assert model.encode(x.numpy()[:0], library.numpy()[:0]).shape == (0, *tokens.shape[1:])
+    with pytest.raises(ValueError, match=r"expression has shape \(50, 7\); expected \(any, 30\)"):
+        model.encode(x.numpy()[:, :7], library.numpy())
+    with pytest.raises(ValueError, match=r"log_library has shape \(3,\); expected \(50,\)"):
+        model.encode(x.numpy(), library.numpy()[:3])
+
+
 def test_validation_perturbations_scale_the_change_but_few_of_them_only_a_little(case, trained):
     model, validation = trained[0], case.pairs.labels_of(VAL)
     means, control = case.pairs.pseudobulk()

@@ -307,7 +307,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             )
         elif config.predict is not None and tested in config.models:
             train = resolve_settings(tested, config.settings(dataset, "train"))
-            yield from _unpredictable(config, dataset, train["priors"])
+            yield from _unpredictable(config, dataset, train)
         try:
             source = config.source(dataset)
             require_file_names([*source.networks, *source.gene_sets, *source.gene_tables])
@@ -349,10 +349,17 @@ def _same_address(one: str, other: str) -> bool:
     return len(same) == 1
 
 
-def _unpredictable(config: Config, dataset: str, priors: str) -> Iterator[str]:
+def _unpredictable(config: Config, dataset: str, train: Mapping[str, Any]) -> Iterator[str]:
     """Yield why a dataset or its model cannot answer what the key ``predict`` asks for."""
     source, tested = config.source(dataset), config.settings(dataset, "evaluate")["model"]
-    if priors == "none":
+    if not train["linear_branch"] or train["stages"] == "joint":
+        # The weight of their latent prediction comes from held-out perturbations, and here are none.
+        yield (
+            f"config, predict: the model under test, evaluate.model, is {tested}, whose size of effects only "
+            "held-out perturbations can set; expected a model with linear_branch: true and stages: two, such "
+            "as biojepa"
+        )
+    if train["priors"] == "none":
         yield (
             f"config, predict: the model under test, evaluate.model, is {tested}, which uses no prior source "
             "and knows no unseen gene; expected a model with priors such as biojepa"

@@ -52,7 +52,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup_share: float = 0.1)
 
 
 def make_optimizer(modules: Iterable[nn.Module], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; norms, biases and embeddings of position (all of fewer than two real axes) are not decayed."""
+    """AdamW that decays matrices alone: no norms, biases, position embeddings or convolutions."""
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for module in modules:

@@ -84,6 +84,43 @@ class TrainedModel:
         perturbation = self.predictor.perturbation
         return {name: perturbation.codes(name) for name in perturbation.sources}
 
+    @torch.no_grad()
+    def encode(self, expression: np.ndarray, log_library: np.ndarray, block: int = 2048) -> np.ndarray:
+        """Embed cells.
+
+        Parameters
+        ----------
+        expression
+            (cells, genes) log1p of counts per target sum, columns as ``genes``.
+        log_library
+            (cells,) natural log of the library size.
+        block
+            Cells embedded at a time.
+
+        Returns
+        -------
+        (cells, T, D) standardized tokens, float32.
+
+        Raises
+        ------
+        ValueError
+            When the shapes do not fit the model or each other.
+        """
+        if expression.ndim != 2 or expression.shape[1] != len(self.genes):
+            raise ValueError(f"expression has shape {expression.shape}; expected (any, {len(self.genes)})")
+        if log_library.shape != expression.shape[:1]:
+            raise ValueError(f"log_library has shape {log_library.shape}; expected {expression.shape[:1]}")
+        parts = [
+            self.embedding(self._tensor(expression[i : i + block]), self._tensor(log_library[i : i + block]))
+            for i in range(0, len(expression), block)
+        ]
+        empty = self.control_tokens.new_zeros(0, *self.control_tokens.shape)
+        return torch.cat([empty, *parts]).cpu().numpy()
+
+    def embed(self, expression: np.ndarray, log_library: np.ndarray, block: int = 2048) -> np.ndarray:
+        """Mean of the tokens of :meth:`encode`, (cells, D)."""
+        return self.encode(expression, log_library, block).mean(axis=1)
+
     def predict(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Predict labels of the fold, given by their positions; see :meth:`predict_membership`."""
         return self.predict_membership(*self.asked(labels))
