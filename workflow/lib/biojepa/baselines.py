@@ -154,7 +154,7 @@ def _knn(data: TrainingData) -> Prediction:
 
 
 def _kernel_ridge(data: TrainingData) -> Prediction:
-    """Additive kernel ridge on the perturbed genes and all priors: BioJEPA's linear branch alone."""
+    """Additive kernel ridge on the perturbed genes and all priors: half of BioJEPA's linear branch."""
     model = fit_linear_branch(data.pairs, data.train, data.delta)
     everything = np.arange(len(data.pairs.labels))
     return Prediction(model.predict(everything), model.standard_deviation(everything))

@@ -192,7 +192,10 @@ def _latent_share(inputs: ReportInputs) -> str:
     text = f"Validation perturbations opened the gate of the latent predictor in {open_gates} of {len(runs)} "
     text += "training." if len(runs) == 1 else "trainings."
     if shut:
-        text += " Where it is shut, the predictions are those of the linear branch alone (kernel_ridge)."
+        text += (
+            " Where it is shut, the predictions are those of the linear branch, half of which looks at the "
+            "embedding."
+        )
     return text
 
 
