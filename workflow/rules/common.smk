@@ -257,6 +257,14 @@ def of_all_splits(tail):
     ]
 
 
+def get_evaluated_folds(name):
+    """Files of the splits that the model under test was evaluated on."""
+    return lambda wildcards: [
+        f"{fold_folder(wildcards.dataset, 'perturbation', fold)}/pair/{name}"
+        for fold in get_folds(wildcards.dataset)
+    ]
+
+
 def evaluations():
     return of_all_splits("evaluate/summary.tsv")
 

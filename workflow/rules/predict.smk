@@ -1,14 +1,6 @@
 # Perturbations outside the screen, predicted by a model that was trained on all of it.
 
 
-def get_evaluated_folds(name):
-    """Files of the splits that the model under test was evaluated on."""
-    return lambda wildcards: [
-        f"{fold_folder(wildcards.dataset, 'perturbation', fold)}/pair/{name}"
-        for fold in get_folds(wildcards.dataset)
-    ]
-
-
 rule predict:
     """Predict what the config asks for, ranked by effect size, with a statement of trust for each."""
     input:
