@@ -11,7 +11,7 @@ import pytest
 from biojepa.contracts import PREDICTED_COLUMNS
 from biojepa.files import read_tsv, sha256_of
 from biojepa.pairs import read_pairs
-from biojepa.splits import categorize
+from biojepa.splits import SeenGenes
 from biojepa.training import load_model
 from workflow_case import TRAINED, Pipeline, expected_results, files_below
 
@@ -83,7 +83,7 @@ def test_every_request_is_answered_in_its_own_way(asked, table):
     assert rows.loc[UNCOVERED, "trust"] == f"not predicted: no prior source knows {UNCOVERED}"
     assert rows.loc[trained, "category"] == "measured"
     for label in (unseen, "+".join(sorted(pair.split("+")))):
-        assert rows.loc[label, "category"] == categorize(label, training)[0]
+        assert rows.loc[label, "category"] == SeenGenes.of(training).categorize(label)[0]
         assert 0 < rows.loc[label, "nearest_similarity"] <= 1
         assert set(rows.loc[label, "nearest_training_gene"].split(";")) <= {
             gene for name in training for gene in name.split("+")

@@ -14,6 +14,7 @@ from training_case import tiny_settings
 
 from biojepa.errors import InputError
 from biojepa.model import BioJEPA, BioJEPAConfig, GeneExpressionEncoder, VICRegLoss
+from biojepa.model.targets import ema_decay, frozen_copy, move_average
 from biojepa.training import optimization
 from biojepa.training.optimization import (
     Execution,
@@ -21,11 +22,8 @@ from biojepa.training.optimization import (
     choose_device,
     choose_precision,
     deterministic_algorithms,
-    ema_decay,
-    frozen_copy,
     learning_rate,
     make_optimizer,
-    move_average,
     seed_step,
 )
 from biojepa.training.tracking import Tracker

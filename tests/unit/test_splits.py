@@ -12,7 +12,7 @@ from biojepa.contracts import CATEGORY, PERTURBATION, SET, TEST, TRAIN, VAL
 from biojepa.errors import InputError
 from biojepa.splits import (
     LeakageError,
-    categorize,
+    SeenGenes,
     labels_in,
     no_split,
     read_split,
@@ -60,7 +60,7 @@ def test_every_row_of_a_split_says_what_the_other_training_perturbations_know_of
     for table in split_perturbations([*LABELS, "G0+G1+G2"], n_folds=4):
         training = labels_in(table, TRAIN)
         for label, group, category, n_seen in table.itertuples(index=False):
-            expected = categorize(label, [other for other in training if other != label])
+            expected = SeenGenes.of(other for other in training if other != label).categorize(label)
             assert (category, n_seen) == ("" if group == TRAIN else expected[0], expected[1])
 
 
@@ -115,7 +115,7 @@ def test_the_split_depends_on_the_set_of_labels_and_the_seed_alone():
     ],
 )
 def test_categories_of_hand_made_cases(label, category, n_seen):
-    assert categorize(label, ["A", "B", "A+C", "D+E"]) == (category, n_seen)
+    assert SeenGenes.of(["A", "B", "A+C", "D+E"]).categorize(label) == (category, n_seen)
 
 
 def test_a_gene_seen_in_validation_alone_counts_as_unseen():

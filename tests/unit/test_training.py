@@ -543,6 +543,13 @@ def test_joint_training_trains_both_at_once_and_a_reused_encoder_is_standardized
     change = 0.75 * model.linear_change(asked[0]) + 0.25 * model.latent_change(*asked)
     expected = np.maximum(model.control_expression.numpy() + change, 0)
     np.testing.assert_allclose(blended.predict(case.test)[0], expected, atol=1e-5)
+    # A model of the same config that is not trained jointly is standardized once, and reused as it is.
+    pca, _, _ = train_model(
+        case.pairs, tiny_settings(stages="joint", embedding="pca", linear_branch=False), 3
+    )
+    again, _, _ = train_model(case.pairs, tiny_settings(stages="joint", embedding="pca"), 3, pca)
+    torch.testing.assert_close(again.embedding.token_scale, pca.embedding.token_scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.control_tokens, pca.control_tokens, rtol=1e-4, atol=1e-4)
     other, _, _ = train_model(case.pairs, tiny_settings(stages="joint", priors="shuffled"), 3, model)
     assert not torch.allclose(other.embedding.token_scale, torch.ones_like(other.embedding.token_scale))
     assert not other.blended

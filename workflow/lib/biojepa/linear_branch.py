@@ -2,9 +2,9 @@
 
 Two views of the same training perturbations are averaged. One is kernel ridge on the change of
 expression. The other is kernel ridge on the change of the frozen embedding, one per leading direction,
-read out as expression: the embedding was learned from single cells, so its directions are cleaner than
-those of a few dozen noisy means. What a perturbation does to its own target gene is modelled apart,
-because no similarity between genes can tell it. ``docs/decisions.md`` has the measurements.
+read out as expression. Their errors differ, so the average is better than the worse of them. What a
+perturbation does to its own target gene is modelled apart, because no similarity between genes can tell
+it. ``docs/decisions.md`` has the measurements.
 """
 
 from __future__ import annotations

@@ -68,8 +68,6 @@ def write_predictions(
         (rows, D) pooled embedding, predicted and observed.
     """
     shown = split.iloc[rows]
-    if expression.shape != (len(rows), len(genes)):
-        raise ValueError(f"expression has shape {expression.shape}; expected {(len(rows), len(genes))}")
     obs = pd.DataFrame(
         {
             PERTURBATION: shown[PERTURBATION].to_numpy(str),
@@ -79,12 +77,8 @@ def write_predictions(
         },
         index=shown[PERTURBATION].to_numpy(str),
     )
-    predictions = ad.AnnData(
-        expression.astype(np.float32), obs, pd.DataFrame(index=pd.Index(genes, name="gene"))
-    )
-    predictions.uns.update(model=model, provenance=json.dumps(dict(provenance), sort_keys=True))
-    if sd is not None:
-        predictions.layers[SD_LAYER] = sd.astype(np.float32)
+    predictions = _laid_out(obs, genes, expression, sd, provenance)
+    predictions.uns["model"] = model
     for slot, values in ((Z_PRED, z_pred), (Z_TRUE, z_true)):
         if values is not None:
             predictions.obsm[slot] = values.astype(np.float32)
@@ -114,18 +108,30 @@ def write_requested(
         How it was made.
     """
     obs = table[table["rank"].notna()].copy()
-    if expression.shape != (len(obs), len(genes)):
-        raise ValueError(f"expression has shape {expression.shape}; expected {(len(obs), len(genes))}")
     text = obs.select_dtypes(exclude=["number", "bool"]).columns
     obs[text] = obs[text].fillna("").astype(str).astype("category")
     obs = obs.astype({"rank": int, "heldout_n": float})
     obs.index = pd.Index(obs[PERTURBATION].to_numpy(str))
+    content = _laid_out(obs, genes, expression, sd, provenance)
+    with atomic_path(path) as temporary:
+        content.write_h5ad(temporary, compression="gzip")
+
+
+def _laid_out(
+    obs: pd.DataFrame,
+    genes: Sequence[str],
+    expression: np.ndarray,
+    sd: np.ndarray | None,
+    provenance: Mapping[str, Any],
+) -> ad.AnnData:
+    """Put predicted means (rows, genes) and their uncertainty beside what they are of, float32."""
+    if expression.shape != (len(obs), len(genes)):
+        raise ValueError(f"expression has shape {expression.shape}; expected {(len(obs), len(genes))}")
     content = ad.AnnData(expression.astype(np.float32), obs, pd.DataFrame(index=pd.Index(genes, name="gene")))
     if sd is not None:
         content.layers[SD_LAYER] = sd.astype(np.float32)
     content.uns["provenance"] = json.dumps(dict(provenance), sort_keys=True)
-    with atomic_path(path) as temporary:
-        content.write_h5ad(temporary, compression="gzip")
+    return content
 
 
 def write_embeddings(

@@ -60,11 +60,6 @@ class GeneCodes:
     genes: tuple[str, ...]
     values: np.ndarray
 
-    def covered(self, genes: Sequence[str]) -> list[str]:
-        """Return those of ``genes`` that have a code."""
-        known = set(self.genes)
-        return [gene for gene in genes if gene in known]
-
 
 @dataclass(frozen=True)
 class PriorSource:

@@ -100,7 +100,7 @@ def _leading(x: Tensor, dimensions: int) -> Tensor:
 def _discriminant_accuracy(z: Tensor, classes: Tensor) -> tuple[float | None, float | None]:
     """Balanced accuracy of a linear discriminant with equal priors, and of guessing.
 
-    Classes with no cell in either half are left out.
+    Classes that lack a cell in one of the halves are left out.
     """
     fitted, judged = _halves(len(z), z.device)
     present = classes[fitted].unique()

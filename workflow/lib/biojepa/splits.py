@@ -82,11 +82,6 @@ class SeenGenes:
         return ("combo_seen1" if n_singles else "combo_seen0"), n_seen
 
 
-def categorize(label: str, training: Collection[str]) -> tuple[str, int]:
-    """Say what training knows of one label's genes; see :meth:`SeenGenes.categorize`."""
-    return SeenGenes.of(training).categorize(label)
-
-
 def split_perturbations(
     labels: Iterable[str], n_folds: int = 5, validation_share: float = 0.1, seed: int = 0
 ) -> list[pd.DataFrame]:

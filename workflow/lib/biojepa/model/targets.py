@@ -19,14 +19,18 @@ def ema_decay(step: int, steps: int, start: float = 0.996) -> float:
     return 1 - (1 - start) * (math.cos(math.pi * step / max(1, steps)) + 1) / 2
 
 
+def while_young(step: int, decay: float) -> float:
+    """Cap the decay of an average at (1 + step) / (10 + step), as TensorFlow's moving averages do."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 def ema_momentum(step: int, steps: int, start: float = 0.996) -> float:
     """Momentum of a teacher that does not keep its random start: :func:`ema_decay`, less while young.
 
     At 0.996 the average looks back 250 steps, so after a few hundred steps a good part of the teacher
-    would still be the initial weights. The cap (1 + step) / (10 + step) is that of TensorFlow's moving
-    averages.
+    would still be the initial weights.
     """
-    return min(ema_decay(step, steps, start), (1 + step) / (10 + step))
+    return while_young(step, ema_decay(step, steps, start))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 from biojepa.collapse import refuse_collapse, refuse_divergence
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.embedding import CellEmbedding
+from biojepa.model.targets import frozen_copy, move_average, while_young
 from biojepa.training.cells import CellStore, Populations
 from biojepa.training.checkpoint import Checkpoint
 from biojepa.training.distributed import gather_rows, own_randomness, share_of
@@ -17,10 +18,8 @@ from biojepa.training.encoder_stage import EncoderObjective
 from biojepa.training.optimization import (
     Execution,
     apply_gradients,
-    frozen_copy,
     learning_rate,
     make_optimizer,
-    move_average,
     progress_bar,
 )
 from biojepa.training.settings import TrainSettings
@@ -122,7 +121,7 @@ def train_joint(
         apply_gradients(optimizer, losses(step), learning_rate(step, steps, settings.encoder.learning_rate))
         objective.target.update(step, steps)
         # A young average follows closely, or a short run would keep the start.
-        move_average(average, predictor, min(settings.predictor.ema, (1 + step) / (10 + step)))
+        move_average(average, predictor, while_young(step, settings.predictor.ema))
 
         done = step + 1
         if done % settings.encoder.monitor_every == 0 or done == steps:

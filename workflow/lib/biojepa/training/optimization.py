@@ -16,24 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from biojepa.errors import InputError
-from biojepa.model.targets import ema_decay, frozen_copy, move_average
 from biojepa.training.distributed import average_gradients, is_main, local_device_index, world_size
 from biojepa.training.tracking import Tracker
-
-__all__ = [
-    "Execution",
-    "apply_gradients",
-    "choose_device",
-    "choose_precision",
-    "deterministic_algorithms",
-    "ema_decay",
-    "frozen_copy",
-    "learning_rate",
-    "make_optimizer",
-    "move_average",
-    "progress_bar",
-    "seed_step",
-]
 
 if TYPE_CHECKING:
     from biojepa.training.settings import TrainSettings

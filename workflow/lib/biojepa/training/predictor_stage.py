@@ -10,14 +10,13 @@ from torch import Tensor
 
 from biojepa.collapse import refuse_divergence
 from biojepa.model.biojepa import BioJEPA
+from biojepa.model.targets import frozen_copy, move_average, while_young
 from biojepa.training.cells import Populations
 from biojepa.training.checkpoint import Checkpoint
 from biojepa.training.optimization import (
     apply_gradients,
-    frozen_copy,
     learning_rate,
     make_optimizer,
-    move_average,
     progress_bar,
     seed_step,
 )
@@ -148,7 +147,7 @@ def train_predictor(
         loss = (z_control + latent.baseline[labels] + change - z_perturbed).square().mean()
         apply_gradients(optimizer, loss, learning_rate(step, settings.steps, settings.learning_rate))
         # A young average follows closely, or it would still hold the start when training stops early.
-        move_average(teacher, model, min(settings.ema, (1 + step) / (10 + step)))
+        move_average(teacher, model, while_young(step, settings.ema))
 
         done = step + 1
         if done % settings.evaluate_every == 0 or done in (settings.steps, stop_after):

@@ -24,7 +24,7 @@ from biojepa.linear_branch import LeftOut, LinearBranch, fit_branch
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.embedding import CellEmbedding, PCAProjection
 from biojepa.pairs import CONTROL_CODE, Pairs, refuse_leaked_pairs, trainable_labels, validation_labels
-from biojepa.probes import linear_probes
+from biojepa.probes import MAX_CELLS, linear_probes
 from biojepa.readout import Readout, calibrate_scale, fit_readout, gate
 from biojepa.training.cells import CellStore, Populations, spread
 from biojepa.training.checkpoint import Checkpoint
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 MIN_GATED = 3
 GATE_FOLDS = 3
-PROBED_CELLS = 3000
 SCALE_PSEUDO = 4.0
 
 
@@ -156,6 +155,10 @@ def train_model(
         When ``pairs`` carries cells of a test perturbation.
     CollapseError
         When the embedding has collapsed.
+    DivergenceError
+        When a loss or a statistic is not finite any more.
+    ValueError
+        When ``encoder_from`` is of another split, of other genes, or of another kind or size.
     """
     refuse_leaked_pairs(pairs)
     started = time.perf_counter()
@@ -188,6 +191,8 @@ def train_model(
         tokens = embed(embedding, fold.store, torch.arange(len(fold.store), device=device))
         # A jointly trained encoder keeps the scale that its own predictor learned, but for nobody else.
         if not jointly and (encoder_from is None or encoder_from.settings.stages == "joint"):
+            # Undone first, because not every model of a joint config was trained jointly.
+            tokens = tokens * embedding.token_scale + embedding.token_mean
             embedding.fit_tokens(tokens[fold.cells])
             tokens = (tokens - embedding.token_mean) / embedding.token_scale
 
@@ -231,7 +236,7 @@ def train_model(
         execution.tracker.add("predictor", row)
     stages = {"joint" if jointly else "encoder": encoder_rows, "predictor": predictor_rows}
     history = pd.DataFrame([{"stage": stage, **row} for stage, rows in stages.items() for row in rows])
-    probed = spread(fold.cells, PROBED_CELLS)
+    probed = spread(fold.cells, MAX_CELLS)
     metrics = {
         **_effort(settings, device, time.perf_counter() - started),
         "encoder_seconds": round(encoder_seconds, 2),
@@ -252,7 +257,7 @@ def train_model(
         "latent_weight": model.weight,
         "latent_weight_t": t,
         "scale": model.scale,
-        "linear_weights": {} if branch is None else branch.weights,
+        "linear_weights": {} if branch is None else {**branch.weights, "noise": branch.noise},
         # Before they are standardized, which would hide a collapse.
         "embedding": statistics(
             tokens[fold.monitored] * embedding.token_scale + embedding.token_mean,
