@@ -1,11 +1,13 @@
 """Nothing that is held out reaches training, and a leak that is planted is caught."""
 
+import json
 import shutil
 from dataclasses import replace
 
 import anndata as ad
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 
 from biojepa import pairing
@@ -15,14 +17,16 @@ from biojepa.errors import InputError
 from biojepa.evaluation.evaluate import evaluate
 from biojepa.evaluation.leakage import check_training_cells
 from biojepa.evaluation.predictions import PredictionFile
+from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.evaluation.splits import read_split as read_fold
 from biojepa.evaluation.splits import read_split as read_fold_split
+from biojepa.evaluation.verdict import SUSPECTED
 from biojepa.files import read_tsv, sha256_of
 from biojepa.pairing import PairSettings, build_pairs
 from biojepa.pairs import read_pairs
 from biojepa.splits import LeakageError
 from biojepa.training import TrainSettings, train_model
-from workflow_case import Pipeline
+from workflow_case import FOLDS, Pipeline
 
 SETTINGS = PairSettings(n_folds=3, prior_dim=16)
 
@@ -62,11 +66,17 @@ def altered(files, tested, tmp_path_factory):
     return path
 
 
-def rebuild(files, path, **changes):
+def rebuild(files, path, settings=SETTINGS, gene_tables=(), **changes):
     source = {**files, **changes}
-    facts = {"split_sha256": sha256_of(source["split"])}
     build_pairs(
-        source["cells"], source["split"], path, [source["network"]], [source["gene_sets"]], SETTINGS, facts
+        source["cells"],
+        source["split"],
+        path,
+        [source["network"]],
+        [source["gene_sets"]],
+        settings,
+        {"split_sha256": sha256_of(source["split"])},
+        gene_tables=gene_tables,
     )
 
 
@@ -240,3 +250,125 @@ def test_a_cell_that_hides_under_another_label_is_found(finished, files, tested,
     assert check_training_cells(files["pairs"], files["cells"], split)[0]["passed"]
     with pytest.raises(LeakageError, match=message):
         check_training_cells(planted, files["cells"], split)
+
+
+def evaluated(finished, pairs, models=("mean", "ridge", "biojepa", "duplicate"), predictions=None):
+    """Evaluate both folds with what training is said to have read."""
+    splits = [
+        read_fold(finished.fold(fold, "pair", "split.tsv"), finished.fold(fold, "pair", "split.json"), fold)
+        for fold in FOLDS
+    ]
+    files = [
+        PredictionFile(model, fold, 0, finished.fold(fold, model, "seed0", "embed", "predictions.h5ad"))
+        for fold in FOLDS
+        for model in models
+    ]
+    settings = EvaluationSettings(draws=100, min_perturbations=6)
+    cells = finished.path("preprocess", "cells.h5ad")
+    return evaluate(cells, splits, [*files, *(predictions or [])], settings, pairs=pairs)
+
+
+def honest_pairs(finished):
+    return [finished.fold(fold, "pair", "pairs.h5") for fold in FOLDS]
+
+
+def test_every_check_runs_on_an_honest_run_and_passes(finished):
+    sentinels = evaluated(finished, honest_pairs(finished)).verdict["sentinels"]
+    assert all(item["passed"] for item in sentinels)
+    checks = "\n".join(item["check"] for item in sentinels)
+    for words in (
+        "no cell that training read belongs to a test perturbation",
+        "early stopping and selection have the sets of split.tsv",
+        "the genes are those that training cells and controls alone choose",
+        "it is on record what every source was read from",
+        "no model was trained, stopped or selected on a test perturbation",
+        "duplicate and truth share no cell",
+        "prior sources do not look like the responses of held-out perturbations",
+    ):
+        assert words in checks, words
+    assert [item["kind"] for item in sentinels].count("statistical") == 1
+
+
+def test_models_of_the_pipeline_declare_what_they_used(finished, files):
+    table = read_tsv(files["split"]).groupby("set")["perturbation"].apply(sorted)
+    for model in ("biojepa", "pca_predictor", "biojepa_predictor", "ridge", "mean"):
+        content = finished.predictions(0, model)
+        provenance = json.loads(content.uns["provenance"])
+        assert provenance["trained_on"] == table["train"], model
+        assert provenance["selected_on"] == table["val"], model
+
+
+def test_an_evaluation_without_pairs_says_what_it_could_not_check(finished):
+    verdict = evaluated(finished, None).verdict
+    (row,) = [item for item in verdict["sentinels"] if item["passed"] is None]
+    assert row["check"].startswith("what training read")
+
+
+@pytest.mark.parametrize(
+    ("leak", "message"),
+    [
+        ("training", "was trained on 1 test perturbation"),
+        ("early stopping", "was selected or stopped by 1 test perturbation"),
+        ("sets", "early stopping and selection would use it so"),
+        ("genes", "genes are not those that the training cells"),
+    ],
+)
+def test_a_planted_leak_stops_the_evaluation(finished, files, tested, tmp_path, monkeypatch, leak, message):
+    pairs, predictions = honest_pairs(finished), []
+    planted = tmp_path / "pairs.h5"
+    if leak in ("training", "early stopping"):
+        content = finished.predictions(0, "ridge")
+        provenance = json.loads(content.uns["provenance"])
+        provenance["trained_on" if leak == "training" else "selected_on"].append(tested[0])
+        content.uns["provenance"] = json.dumps(provenance)
+        content.write_h5ad(tmp_path / "leaky.h5ad")
+        # Fold 1 holds the honest file under the same name.
+        honest = finished.fold(1, "ridge", "seed0", "embed", "predictions.h5ad")
+        predictions = [
+            PredictionFile("leaky", 0, 0, tmp_path / "leaky.h5ad"),
+            PredictionFile("leaky", 1, 0, honest),
+        ]
+    elif leak == "sets":
+        shutil.copy2(pairs[0], planted)
+        with h5py.File(planted, "r+") as file:
+            file["names/sets"][list(file["names/labels"].asstr()[:]).index(tested[0])] = "val"
+        pairs[0] = planted
+    else:
+        honest_moments = pairing.gene_moments
+        monkeypatch.setattr(
+            pairing, "gene_moments", lambda matrix, keep, n: honest_moments(matrix, np.ones_like(keep), n)
+        )
+        rebuild(files, planted, settings=replace(SETTINGS, n_genes=60))
+        pairs[0] = planted
+    with pytest.raises(LeakageError, match=message):
+        evaluated(finished, pairs, predictions=predictions)
+
+
+def test_a_gene_table_made_from_the_screen_itself_is_suspected(finished, files, tmp_path):
+    """The realistic leak: the responses of all cells, held-out ones included, given as gene features."""
+    cells = ad.read_h5ad(files["cells"])
+    labels = cells.obs["perturbation"].astype(str)
+    mean = {
+        label: np.asarray(cells.X[(labels == label).to_numpy()].mean(axis=0)).ravel() for label in set(labels)
+    }
+    genes = sorted({gene for label in mean if label != "control" for gene in label.split("+")})
+    rows = {
+        gene: mean.get(gene, np.mean([mean[k] for k in mean if gene in k.split("+")], axis=0))
+        for gene in genes
+    }
+    table = pd.DataFrame(rows).T - mean["control"]
+    table.rename_axis("gene").to_csv(tmp_path / "embedding.tsv", sep="\t")
+    pairs = []
+    for fold in FOLDS:
+        changed = {
+            name: finished.fold(fold, "pair", f"split.{end}")
+            for name, end in (("split", "tsv"), ("info", "json"))
+        }
+        pairs.append(tmp_path / f"pairs{fold}.h5")
+        rebuild(files, pairs[-1], gene_tables=[tmp_path / "embedding.tsv"], **changed)
+    verdict = evaluated(finished, pairs).verdict
+    assert verdict["outcome"] == SUSPECTED
+    failed = [item for item in verdict["sentinels"] if item["passed"] is False]
+    assert [item["kind"] for item in failed] == ["statistical"]
+    assert failed[0]["check"].startswith("prior source embedding looks like the responses")
+    assert verdict["unless_leaked"]["outcome"] != SUSPECTED

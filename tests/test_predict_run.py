@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from biojepa.contracts import PREDICTED_COLUMNS
+from biojepa.evaluation.trust import TrustModel
 from biojepa.files import read_tsv, sha256_of
 from biojepa.pairs import read_pairs
 from biojepa.splits import SeenGenes
@@ -102,6 +103,37 @@ def test_held_out_accuracy_is_that_of_the_evaluation(asked, table):
     assert row["baseline_accuracy"] == pytest.approx(scores[row["baseline"]])
     assert row["gain"] == pytest.approx(scores["biojepa"] - scores[row["baseline"]], abs=1e-8)
     assert row["heldout_n"] == summary.query("model == 'biojepa'")["n"].item()
+
+
+def test_expected_accuracy_follows_from_the_held_out_perturbations(asked, table):
+    pipeline, _, requests = asked
+    evaluated = pipeline.path("perturbation", "evaluate")
+    trust = read_tsv(evaluated / "trust.tsv")
+    held_out = read_tsv(evaluated / "metrics.tsv").query(
+        "model == 'biojepa' and metric == 'pearson_delta_perturbed_mean'"
+    )
+    assert trust.set_index("perturbation")["observed"].to_dict() == pytest.approx(
+        held_out.groupby("perturbation")["value"].mean().to_dict()
+    )
+    judged = json.loads((evaluated / "verdict.json").read_text(encoding="utf-8"))["trust"]
+    assert judged["n"] == len(trust)
+    columns = ["expected_accuracy", "expected_low", "expected_high"]
+    rows = table.set_index("perturbation")
+    assert rows.loc[[requests[0], UNCOVERED], [*columns, "expected_from"]].isna().all().all()
+    row = rows.loc[requests[1]]
+    assert row["expected_from"] == ("features" if judged["skill"] else "kind")
+    expected, low, high = row[columns]
+    if judged["skill"]:
+        features = [{"category": row["category"], "n_genes_seen": 0, "predicted_effect": row["effect_size"],
+                     "predicted_effect_sd": row["effect_size_sd"],
+                     "nearest_similarity": row["nearest_similarity"],
+                     "prior_coverage": 1.0}]  # fmt: skip
+        assert row["prior_coverage"].split("/")[0] == row["prior_coverage"].split("/")[1]
+        assert expected == pytest.approx(TrustModel.fit(trust).expected(pd.DataFrame(features)).item())
+    else:
+        kind = trust[(trust["category"] == row["category"]) & (trust["n_genes_seen"] == 0)]
+        assert expected == pytest.approx(kind["observed"].mean())
+    assert low <= expected <= high
 
 
 def test_the_expression_is_what_the_model_says_of_those_genes(asked, table):

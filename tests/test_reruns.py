@@ -10,7 +10,7 @@ import torch
 
 from workflow_case import ALL_JOBS, Pipeline, jobs_of
 
-AFTER_TRAINING = {name: ALL_JOBS[name] for name in ("embed", "umap")}
+AFTER_TRAINING = {name: ALL_JOBS[name] for name in ("embed", "representation", "umap")}
 SHOWN = {"report": 1, "provenance": 1}
 SCORED = {"evaluate": 1, "index": 1, **SHOWN}
 
@@ -102,7 +102,7 @@ def test_another_folder_and_number_of_cores_give_the_same_results(finished, chec
 
 def test_simple_models_alone_make_a_report(checkout, tmp_path):
     change = {"models": ["mean", "ridge", "kernel_ridge"], "evaluate": {"model": "kernel_ridge"}}
-    expected = {name: count for name, count in ALL_JOBS.items() if name not in ("train", "embed", "umap")}
+    expected = {name: count for name, count in ALL_JOBS.items() if name not in ("train", *AFTER_TRAINING)}
     assert Pipeline(checkout, tmp_path).planned(config=change) == expected
 
 

@@ -275,6 +275,22 @@ def test_observed_embeddings_beside_the_predicted_ones_are_means_over_cells(fini
     assert predictions.obsm["z_pred"].shape == predictions.obsm["z_true"].shape
 
 
+def test_the_embedding_is_measured_on_cells_of_test_perturbations(finished, splits, cells):
+    for fold in FOLDS:
+        table = read_tsv(finished.fold(fold, "biojepa", "seed0", "embed", "representation.tsv"))
+        tested = labels_of(splits[fold], "test")
+        assert set(table["perturbation"]) == {*tested, "*"}
+        n = int(cells.obs["perturbation"].isin(tested).sum())
+        assert set(table.loc[table["cells"] == "test", "n_cells"]) == {n}
+        assert set(table["embedding"]) >= {"trained", "untrained", "pca50"}
+        training = json.loads(finished.fold(fold, "biojepa", "seed0", "train", "metrics.json").read_text())
+        spread = table.query("embedding == 'trained' and metric == 'std_cells'")["value"].item()
+        # Of other cells than in training, and of the same encoder.
+        assert spread == pytest.approx(training["embedding"]["std_cells"], rel=0.2)
+    page = finished.path("perturbation", "report.html").read_text(encoding="utf-8")
+    assert "PCA-50" in page.split('<section id="representation">', 1)[1].split("</section>", 1)[0]
+
+
 def test_scores_are_of_test_perturbations_only_and_each_is_there_once(splits, metrics):
     assert list(metrics.columns) == list(contracts.METRICS_COLUMNS)
     assert set(metrics["model"]) == set(MODELS)

@@ -32,6 +32,7 @@ BASELINES = (
     "ridge",
     "kernel_ridge",
     "knn",
+    "mlp",
     "shuffled_labels",
     "random_codes",
 )
@@ -50,6 +51,7 @@ ALL_JOBS = {
     "baselines": 2,
     "embed": 2,
     "references": 2,
+    "representation": 2,
     "umap": 1,
     "evaluate": 1,
     "report": 1,
@@ -157,7 +159,8 @@ def expected_results(trained: Sequence[str] = TRAINED) -> set[str]:
     expected = {"index.html", "provenance.json"}
     expected |= {f"tiny/preprocess/{name}" for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")}
     scheme = "tiny/perturbation"
-    evaluated = ("metrics.tsv", "summary.tsv", "enrichment.tsv", "verdict.json", "observed.h5ad")
+    evaluated = ("metrics.tsv", "summary.tsv", "enrichment.tsv", "strata.tsv", "trust.tsv", "verdict.json")
+    evaluated += ("observed.h5ad",)
     expected |= {f"{scheme}/evaluate/{name}" for name in evaluated}
     shown = ("report.html", "report/headline.tsv", "report/calibration.svg", "report/scatter.svg")
     expected |= {f"{scheme}/{name}" for name in shown}
@@ -170,5 +173,6 @@ def expected_results(trained: Sequence[str] = TRAINED) -> set[str]:
             run = f"{place}/{model}/seed0"
             expected |= {f"{run}/train/{name}" for name in ("model.pt", "history.tsv", "metrics.json")}
             expected.add(f"{run}/embed/embeddings.h5ad")
+        expected.add(f"{place}/biojepa/seed0/embed/representation.tsv")
     expected.add(f"{scheme}/fold0/biojepa/seed0/embed/umap.tsv")
     return expected

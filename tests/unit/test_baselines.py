@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.sparse.linalg import svds
 from sklearn.linear_model import RidgeCV
 from training_case import KnownEffects, pairs_of
 
 from biojepa.baselines import BASELINES, PENALTIES, TrainingData, fit_baselines, fit_linear_branch
-from biojepa.contracts import LINEAR_BASELINES
+from biojepa.contracts import SIMPLE_MODELS
+from biojepa.other_screen import OtherScreen
 
 # Expression of genes A, B, M. Controls at (1, 1, 1); Δ is what is added below.
 DELTA = {
@@ -42,7 +44,7 @@ def predicted(name: str, pairs=None) -> dict[str, np.ndarray]:
 
 
 def test_every_baseline_that_the_config_may_name_exists():
-    assert set(BASELINES) == set(LINEAR_BASELINES)
+    assert set(BASELINES) == set(SIMPLE_MODELS)
 
 
 def test_training_data_are_the_changes_against_control_by_hand():
@@ -159,10 +161,11 @@ def test_shuffled_labels_follow_the_seed_and_repeat():
     assert not np.allclose(first, other)
 
 
-@pytest.mark.parametrize("name", LINEAR_BASELINES)
+@pytest.mark.parametrize("name", SIMPLE_MODELS)
 def test_every_baseline_predicts_every_label_without_priors_too(name):
     pairs = by_hand()
-    delta = fit_baselines(pairs, [name])[name].delta
+    screens = {"other": OtherScreen(["A"], ["M"], np.ones((1, 1)))}
+    delta = fit_baselines(pairs, [name], screens=screens)[name].delta
     assert delta.shape == (9, 3) and np.isfinite(delta).all()
 
 
@@ -170,6 +173,37 @@ def test_without_priors_models_of_codes_predict_the_mean():
     for name in ("ridge", "knn"):
         for delta in predicted(name).values():
             np.testing.assert_allclose(delta, np.mean(list(DELTA.values()), axis=0), atol=1e-6)
+
+
+def test_targets_and_singles_are_those_of_the_genes_also_in_a_held_out_context():
+    labels = ["control"] * 2 + list(DELTA)
+    rows = [np.ones(3) + DELTA.get(label, (0, 0, 0)) for label in labels]
+    sets = dict.fromkeys(DELTA, "train") | {"A @ K562": "test", "B+D @ K562": "test"}
+    pairs = pairs_of(np.array(rows), labels, sets, genes=["A", "B", "M"])
+    np.testing.assert_allclose(predicted("additive", pairs)["A @ K562"], DELTA["A"], atol=1e-6)
+    summed = np.add(DELTA["B"], DELTA["D"])
+    np.testing.assert_allclose(predicted("additive", pairs)["B+D @ K562"], summed, atol=1e-6)
+    target = predicted("target_only", pairs)["A @ K562"]
+    np.testing.assert_allclose(target, [np.mean([-1.0, -0.5, -1.0, -0.5]), 0, 0], atol=1e-6)
+
+
+def test_linear_is_the_published_formula_on_row_centred_changes():
+    case = KnownEffects(seed=4, cells_per_label=10, n_controls=40)
+    # Genes that are perturbed and measured, as the model needs them.
+    pairs = replace(case.pairs, genes=tuple([f"P{i:02d}" for i in range(24)] + [f"X{i}" for i in range(6)]))
+    data = TrainingData.of(pairs)
+    Y = data.delta.T - data.delta.T.mean(axis=1, keepdims=True)
+    left, singular, _ = svds(Y, 10)
+    G = left * singular
+    P = np.zeros((10, len(pairs.labels)))
+    for column, label in enumerate(pairs.labels):
+        for gene in label.split("+"):
+            P[:, column] += G[pairs.genes.index(gene)]
+    trained = P[:, data.train]
+    eye = 0.1 * np.eye(10)
+    W = np.linalg.inv(G.T @ G + eye) @ G.T @ Y @ trained.T @ np.linalg.inv(trained @ trained.T + eye)
+    expected = (G @ W @ P).T + data.delta.mean(axis=0)
+    np.testing.assert_allclose(fit_baselines(pairs, ["linear"])["linear"].delta, expected, atol=1e-8)
 
 
 def test_an_unknown_baseline_is_refused_with_those_that_exist():

@@ -8,12 +8,14 @@ import pytest
 import yaml
 
 from biojepa.config import ConfigError, load_config
-from biojepa.evaluation.settings import EnrichmentSettings, EvaluationSettings
+from biojepa.contracts import SCHEMES
+from biojepa.evaluation.settings import DistributionSettings, EnrichmentSettings, EvaluationSettings
 from biojepa.guides import GuideAssignment
 from biojepa.models import ABLATION_MODELS, known_models
 from biojepa.pairing import PairSettings
 from biojepa.preprocess import PreprocessSettings
 from biojepa.raw import ScreenSource
+from biojepa.schemes import COMBINATION_PROTOCOLS
 from biojepa.simulate import SimulatorSettings
 from biojepa.training import TrainSettings
 from biojepa.training.encoder_stage import EncoderSettings
@@ -32,6 +34,7 @@ SECTION_OF = {
     "train.predictor": PredictorSettings,
     "evaluate": EvaluationSettings,
     "evaluate.enrichment": EnrichmentSettings,
+    "evaluate.distribution": DistributionSettings,
 }
 # Keys of a section that its settings class does not have, with where they are used.
 ELSEWHERE = {"train": {"baselines"}}
@@ -140,7 +143,7 @@ def test_the_manual_names_every_column_and_every_model():
 
 def test_models_of_the_schema_are_those_of_the_code():
     part = schema_of()["properties"]["models"]
-    assert part["items"]["enum"] == known_models()
+    assert part["items"]["else"]["enum"] == known_models()
 
 
 def test_the_ablation_config_is_valid_and_complete_and_like_the_configs_of_its_datasets(monkeypatch):
@@ -158,7 +161,7 @@ def test_the_ablation_config_is_valid_and_complete_and_like_the_configs_of_its_d
     singly["papalexi"] = "examples/papalexi.yaml"
     assert ablation.datasets == list(singly)
     for dataset, name in singly.items():
-        assert ablation.folds(dataset) == [0, 1, 2, 3, 4]
+        assert ablation.folds(dataset, "perturbation") == [0, 1, 2, 3, 4]
         alone = read(name)
         assert ablation.source(dataset) == alone.source(dataset)
         for part in ("download", "preprocess", "pair", "train", "evaluate"):
@@ -186,9 +189,70 @@ def test_an_override_changes_one_dataset_and_one_key(folder):
 
 
 def test_folds_are_all_unless_chosen(folder):
-    assert load().folds("demo") == [0, 1, 2, 3, 4]
-    assert load(folds=[3]).folds("demo") == [3]
-    assert load(overrides={"demo": {"pair": {"n_folds": 3}}}).folds("demo") == [0, 1, 2]
+    assert load().folds("demo", "perturbation") == [0, 1, 2, 3, 4]
+    assert load(folds=[3]).folds("demo", "perturbation") == [3]
+    assert load(overrides={"demo": {"pair": {"n_folds": 3}}}).folds("demo", "perturbation") == [0, 1, 2]
+
+
+def test_every_scheme_has_its_own_folds(folder):
+    schemes = ["perturbation", "gene", "combination", "context", "list"]
+    pair = {"contexts": ["K562", "RPE1", "HEK"], "list": {"test": ["A"]}, "n_folds": 4}
+    config = load(schemes=schemes, pair=pair)
+    assert {scheme: config.n_folds("demo", scheme) for scheme in [*schemes, "none"]} == {
+        "perturbation": 4, "gene": 4, "combination": 4, "context": 3, "list": 1, "none": 1
+    }  # fmt: skip
+    some = load(schemes=schemes, pair=pair, folds=[0, 2])
+    assert {scheme: some.folds("demo", scheme) for scheme in schemes} == {
+        "perturbation": [0, 2], "gene": [0, 2], "combination": [0, 2], "context": [0, 2], "list": [0]
+    }  # fmt: skip
+    (folder / "held_out.tsv").touch()
+    assert load(schemes=["list"], pair={"list": "held_out.tsv"}).folds("demo", "list") == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schemes": ["genes"]}, r"key schemes\.0: 'genes' is not one of \['perturbation', 'gene'"),
+        (
+            {"schemes": ["context"]},
+            r"pair\.contexts: found nothing, though the scheme context is asked of demo; "
+            r"expected .*obs\['cell_type'\].*contexts: \[K562, RPE1\]",
+        ),
+        ({"schemes": ["list"]}, r"pair\.list: found nothing, though the scheme list is asked of demo.*test:"),
+        ({"schemes": ["list"], "pair": {"list": "lost.tsv"}}, r"pair\.list: no file lost\.tsv"),
+        ({"schemes": ["list"], "pair": {"list": {"validation": ["A"]}}}, r"key pair\.list: "),
+        (
+            {"schemes": ["perturbation", "list"], "pair": {"list": {"test": ["A"]}}, "folds": [1]},
+            r"folds: found \[1\]; expected a fold of the scheme list among them, 0 to 0 of demo",
+        ),
+        (
+            {"schemes": ["list"], "pair": {"list": {"test": ["A"]}}, "folds": [0, 1]},
+            r"folds: found \[1\]; expected 0 to 0, since the folds of the scheme list are 1",
+        ),
+        (
+            {"schemes": ["gene"], "predict": ["KLF1"]},
+            r"predict: found schemes \['gene'\]; expected .*perturb",
+        ),
+        ({"pair": {"combination_protocol": "halves"}}, r"combination_protocol: 'halves' is not one of"),
+        ({"pair": {"min_cells_in_context": 1}}, r"min_cells_in_context: 1 is less than the minimum of 2"),
+    ],
+)
+def test_schemes_without_what_defines_them_are_refused_before_the_first_job(folder, change, message):
+    with pytest.raises(ConfigError, match=message):
+        load(**change)
+
+
+def test_protocols_of_the_schema_are_those_of_the_code():
+    part = schema_of()["properties"]
+    assert part["pair"]["properties"]["combination_protocol"]["enum"] == list(COMBINATION_PROTOCOLS)
+    assert part["schemes"]["items"]["enum"] == list(SCHEMES)
+
+
+def test_the_config_of_all_schemes_is_valid(monkeypatch):
+    monkeypatch.chdir(REPO)
+    content = yaml.safe_load((REPO / "config/examples/schemes.yaml").read_text(encoding="utf-8"))
+    config = load_config(content, SCHEMAS)
+    assert config.schemes == list(SCHEMES) and config.datasets == ["demo"]
 
 
 def test_sources_know_where_their_files_are(folder):
@@ -343,6 +407,33 @@ def test_two_simulations_that_differ_may_inform_each_other(folder):
     assert load(run=["demo", "twin"], overrides=other).all_datasets == ["demo", "twin"]
 
 
+def test_another_screen_is_a_model_of_the_datasets_that_name_one(folder):
+    with_responses(folder, ("demo", "simulator", "mine"), ("mine", "{data_dir}/mine.h5ad", ""))
+    assert "other_screen" not in load().models
+    models = ["mean", "other_screen", "biojepa", "knn"]
+    both = load(run=["demo", "mine"], models=models)
+    assert both.simple_models("demo") == ["mean", "other_screen", "knn"]
+    assert both.simple_models("mine") == ["mean", "knn"]
+    with pytest.raises(ConfigError, match="found other_screen, though no dataset of run names another"):
+        load(run=["mine"], models=models)
+    tested = {"overrides": {"demo": {"evaluate": {"model": "other_screen"}}}}
+    assert load(models=models, **tested).settings("demo", "evaluate")["model"] == "other_screen"
+    message = r"row mine, column responses: found no other screen, though evaluate\.model is other_screen"
+    with pytest.raises(ConfigError, match=message):
+        load(run=["demo", "mine"], models=models, evaluate={"model": "other_screen"})
+
+
+def test_an_archive_needs_none_of_the_files_that_led_to_it(folder):
+    text = "dataset\tsource\tnetworks\nlost\tdata/lost.h5ad\tdata/lost.tsv\n"
+    (folder / "config/datasets.tsv").write_text(text, encoding="utf-8")
+    models = ["mean", "biojepa", {"name": "theirs", "predictions": "lost/{fold}.h5ad"}]
+    with pytest.raises(ConfigError, match=r"no file data/lost\.h5ad"):
+        load(run=["lost"], models=models)
+    assert load(run=["lost"], models=models, archived=True).archived
+    with pytest.raises(ConfigError, match=r"key archived: 'yes' is not of type 'boolean'"):
+        load(run=["lost"], archived="yes")
+
+
 def test_gene_tables_must_exist_and_may_hold_placeholders(folder):
     text = "dataset\tsource\tgene_tables\ndemo\tsimulator\t{data_dir}/esm.tsv; {data_dir}/text.csv\n"
     (folder / "config/datasets.tsv").write_text(text, encoding="utf-8")
@@ -482,6 +573,66 @@ def test_a_folder_is_read_file_by_file(folder):
 def test_a_bad_config_is_refused_by_a_message_that_names_the_key(folder, change, message):
     with pytest.raises(ConfigError, match=message):
         load(**change)
+
+
+MINE = {"name": "mine", "predictions": "mine/{dataset}_{split}_{fold}_{seed}.h5ad"}
+
+
+def test_predictions_made_elsewhere_are_a_model_under_their_name(folder):
+    (folder / "mine").mkdir()
+    for fold, seed in ((0, 1), (0, 4), (2, 1), (2, 4)):
+        (folder / f"mine/demo_perturbation_{fold}_{seed}.h5ad").touch()
+    (folder / "mine/one.h5ad").touch()
+    config = load(
+        models=["mean", MINE, {"name": "one", "predictions": "mine/one.h5ad"}],
+        folds=[0, 2],
+        seeds=[1, 4],
+        evaluate={"model": "mine"},
+    )
+    assert config.models == ["mean", "mine", "one"]
+    assert list(config.user_models) == ["mine", "one"]
+    mine, one = config.user_models.values()
+    assert (mine.seeds([1, 4]), one.seeds([1, 4])) == ([1, 4], [0])
+    assert mine.path("demo", "perturbation", 2, 4) == "mine/demo_perturbation_2_4.h5ad"
+    assert config.user_files("one", "demo") == ["mine/one.h5ad"]
+    assert len(config.user_files("mine", "demo")) == 4
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{**MINE, "name": "my model"}], r"key models\.1\.name: 'my model' does not match"),
+        ([{**MINE, "name": "<b>"}], r"key models\.1\.name: '<b>' does not match"),
+        ([{"name": "mine"}], r"key models\.1: 'predictions' is a required property"),
+        ([{**MINE, "seed": 1}], r"key models\.1: unknown key models\.1\.seed"),
+        ([{**MINE, "predictions": "mine.csv"}], r"key models\.1\.predictions: 'mine\.csv' does not match"),
+        ([{**MINE, "name": "ridge"}], r"found ridge as the name of predictions made elsewhere"),
+        ([{**MINE, "name": "duplicate"}], r"found duplicate as the name of predictions made elsewhere"),
+        ([{**MINE, "name": "oracle"}], r"found oracle as the name"),
+        ([{**MINE, "name": "pair"}], r"found pair as the name"),
+        ([MINE, {**MINE, "predictions": "b.h5ad"}], r"found mine twice; expected each name once"),
+        (["ridge", {**MINE, "name": "ridge"}], r"found ridge twice"),
+        (
+            [{**MINE, "predictions": "{data}/{fold}.h5ad"}],
+            r"models, mine: found the placeholder \{data\}; expected any of \{dataset\}, \{split\}",
+        ),
+        (
+            [MINE],
+            r"models, mine: no file mine/demo_perturbation_0_0\.h5ad, mine/demo_perturbation_1_0\.h5ad, .*"
+            r"mine/demo_perturbation_4_0\.h5ad\. Fix: ",
+        ),
+    ],
+)
+def test_unusable_predictions_made_elsewhere_are_refused_before_any_job(folder, entries, message):
+    with pytest.raises(ConfigError, match=message):
+        load(models=["mean", *entries], evaluate={"model": "mean"})
+
+
+def test_a_model_made_elsewhere_cannot_predict_what_the_config_asks_for(folder):
+    (folder / "mine.h5ad").touch()
+    entry = {"name": "mine", "predictions": "mine.h5ad"}
+    with pytest.raises(ConfigError, match=r"config, predict: .*is mine; expected a trained"):
+        load(models=["mean", entry], evaluate={"model": "mine"}, predict=["G1"])
 
 
 def test_all_problems_are_told_at_once(folder):

@@ -14,7 +14,7 @@ import pytest
 from evaluation_case import GENES, LABELS, Screen
 from scipy import stats
 
-from biojepa.contracts import METRICS_COLUMNS, SUMMARY_COLUMNS
+from biojepa.contracts import METRICS_COLUMNS, SUMMARY_COLUMNS, TRUST_COLUMNS
 from biojepa.errors import InputError
 from biojepa.evaluation.evaluate import evaluate
 from biojepa.evaluation.settings import EvaluationSettings
@@ -122,7 +122,7 @@ def test_known_models_get_their_known_scores(result):
     assert summary.loc[("all", "pearson_delta_perturbed_mean", "biojepa"), "gap_closed"] > 0.9
     assert summary.loc[("all", "spread_ratio", "no_change"), "mean"] == pytest.approx(0, abs=1e-6)
     assert result.verdict["outcome"] == "better than"
-    assert all(entry["passed"] for entry in result.verdict["sentinels"])
+    assert all(entry["passed"] is not False for entry in result.verdict["sentinels"])
 
 
 def test_seeds_are_averaged_within_a_perturbation(screen, files):
@@ -291,8 +291,43 @@ def test_a_mean_baseline_of_other_perturbations_is_reported(screen):
         return content
 
     result = evaluate(screen.cells, one_fold(screen), altered(screen, shifted, "mean"), SETTINGS)
-    failed = [entry["check"] for entry in result.verdict["sentinels"] if not entry["passed"]]
+    failed = [entry["check"] for entry in result.verdict["sentinels"] if entry["passed"] is False]
     assert failed == ["fold 0: the mean baseline is the mean of training perturbations"]
+
+
+def test_strata_and_expected_accuracy_describe_the_test_perturbations(screen, files, result):
+    cells = result.strata.query("property == 'category' and metric == 'rank_l2'")
+    summary = result.summary.query("metric == 'rank_l2' and category != 'all'").set_index(
+        ["model", "category"]
+    )
+    for row in cells.to_dict("records"):
+        assert row["mean"] == pytest.approx(summary.loc[(row["model"], row["stratum"]), "mean"])
+    table = result.trust.set_index("perturbation")
+    assert sorted(table.index) == LABELS
+    for file in (file for file in files if file.model == "biojepa"):
+        content = ad.read_h5ad(file.path)
+        for label in content.obs_names[content.obs["set"] == "test"]:
+            change = content[label].X[0] - screen.mean_of("control")
+            assert table.loc[label, "predicted_effect"] == pytest.approx(np.linalg.norm(change), rel=1e-5)
+            trained = set(
+                "+".join(screen.table(file.fold).query("set == 'train'")["perturbation"]).split("+")
+            )
+            seen = [1.0 if gene in trained else np.nan for gene in label.split("+")]
+            assert table.loc[label, "nearest_similarity"] == pytest.approx(np.mean(seen), nan_ok=True)
+    own = result.metrics.query("model == 'biojepa' and metric == 'pearson_delta_perturbed_mean'")
+    assert table["observed"].to_dict() == pytest.approx(own.set_index("perturbation")["value"].to_dict())
+    judged = result.verdict["trust"]
+    assert judged["n"] == len(LABELS) and judged["mae"] == pytest.approx(
+        (table["expected"] - table["observed"]).abs().mean()
+    )
+
+
+def test_without_the_model_under_test_nothing_is_expected(screen, files):
+    others = [file for file in files if file.model != "biojepa"]
+    result = evaluate(screen.cells, screen.splits, others, SETTINGS)
+    assert result.trust.empty and tuple(result.trust.columns) == TRUST_COLUMNS
+    assert result.verdict["trust"]["sentence"].startswith("No held-out perturbation of biojepa was scored")
+    assert set(result.strata["model"]) == {"mean", "duplicate", "no_change", "ridge"}
 
 
 def test_files_given_twice_or_of_an_unknown_fold_are_refused(screen, files):
@@ -309,7 +344,8 @@ def run_script(screen, files, folder):
     spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    names = {"metrics": "tsv", "summary": "tsv", "enrichment": "tsv", "verdict": "json", "truth": "h5ad"}
+    names = dict.fromkeys(("metrics", "summary", "enrichment", "strata", "trust"), "tsv")
+    names |= {"verdict": "json", "truth": "h5ad"}
     output = SimpleNamespace(**{name: str(folder / f"{name}.{suffix}") for name, suffix in names.items()})
     splits = [(str(s.path), str(s.path.with_suffix(".json")), s.fold) for s in screen.splits]
     entries = [({"model": f.model, "fold": f.fold, "seed": f.seed}, str(f.path)) for f in files]

@@ -127,7 +127,8 @@ def test_pairs_hold_the_kept_cells_and_genes_by_value(built):
     np.testing.assert_allclose(pairs.log_library_size, np.log(screen.library[keep]), rtol=1e-6)
     names = np.array([*pairs.labels, "control"])  # control is -1, the last
     np.testing.assert_array_equal(names[pairs.perturbation], screen.labels[keep])
-    assert dict(pairs.facts) == {"dataset": "made", "fold": 1, "format_version": 2}
+    origins = '{"net": {"file": "net.tsv", "kind": "network"}}'
+    assert dict(pairs.facts) == {"dataset": "made", "fold": 1, "format_version": 2, "sources": origins}
 
 
 def test_labels_sets_and_categories_are_those_of_the_split(built):

@@ -15,17 +15,24 @@ import pytest
 import torch
 from training_case import pairs_of
 
-from biojepa import prediction
-from biojepa.contracts import METRICS_COLUMNS, PREDICTED_COLUMNS, SPLIT_COLUMNS, SUMMARY_COLUMNS
+from biojepa import neighbours, prediction
+from biojepa.contracts import (
+    METRICS_COLUMNS,
+    PREDICTED_COLUMNS,
+    SPLIT_COLUMNS,
+    SUMMARY_COLUMNS,
+    TRUST_COLUMNS,
+)
 from biojepa.errors import InputError
 from biojepa.evaluation.settings import EvaluationSettings
+from biojepa.evaluation.trust import Expectation, cross_fit
 from biojepa.files import read_tsv, write_tsv
+from biojepa.neighbours import nearest_training_genes
 from biojepa.pairs import Pairs
 from biojepa.prediction import (
     METRIC,
     HeldOut,
     held_out_accuracy,
-    nearest_training_genes,
     predict_perturbations,
 )
 from biojepa.prediction_requests import ALL
@@ -210,7 +217,7 @@ def test_predicting_in_blocks_changes_nothing(monkeypatch):
     asked = ["A", "NEW", "A+NEW", "LIKE_B", "B", "B+NEW", "C"]
     whole = ask(asked)
     monkeypatch.setattr(prediction, "PREDICTED_AT_A_TIME", 3)
-    monkeypatch.setattr(prediction, "GENES_COMPARED_AT_A_TIME", 1)
+    monkeypatch.setattr(neighbours, "GENES_COMPARED_AT_A_TIME", 1)
     model = FakeModel(made_pairs())
     parts = ask(asked, model=model)
     assert model.blocks == [3, 3, 1]
@@ -333,7 +340,9 @@ def test_the_script_joins_the_folds_and_uses_the_threads_of_the_model(tmp_path, 
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(script, "load_model", lambda path, device: model)
     monkeypatch.setattr(script, "read_pairs", lambda path: made_pairs())
+    write_tsv(pd.DataFrame(columns=list(TRUST_COLUMNS)), tmp_path / "trust.tsv")
     names = {"metrics": "metrics.tsv", "summary": "summary.tsv", "model": "model.pt", "pairs": "pairs.h5"}
+    names["trust"] = "trust.tsv"
     source = {name: str(tmp_path / file) for name, file in names.items()}
     params = {"settings": {}, "device": "cpu", "model": "biojepa", "seed": 0, "predict": ["NEW"]}
     output = {"predictions": tmp_path / "predictions.h5ad", "table": tmp_path / "predictions.tsv"}
@@ -430,6 +439,80 @@ def test_what_the_screen_measured_is_called_so_whatever_its_kind_reached():
     row = ask(["A"], {("single", 0): BETTER, ("measured", 0): BETTER}).table.iloc[0]
     assert row["trust"].startswith("measured in this screen") and not row["abstain"]
     assert pd.isna(row["heldout_accuracy"])
+
+
+def expectation_of(relation: float) -> Expectation:
+    """What was learned from 40 held-out perturbations whose accuracy follows from similarity, or not."""
+    rng = np.random.default_rng(0)
+    similarity, seen = rng.uniform(0, 1, 40), rng.integers(0, 2, 40)
+    table = pd.DataFrame(
+        {
+            "perturbation": [f"P{place}" for place in range(40)],
+            "category": np.where(seen, "combo_seen1", "single"), "n_genes_seen": seen,
+            "nearest_similarity": similarity, "prior_coverage": 1.0, "predicted_effect": 1.0,
+            "observed": 0.3 + relation * (similarity - 0.5) + rng.normal(0, 0.1, 40),
+        }
+    )  # fmt: skip
+    expectation = Expectation.of(cross_fit(table.reindex(columns=list(TRUST_COLUMNS))), SETTINGS)
+    assert expectation is not None and expectation.source == ("features" if relation else "kind")
+    return expectation
+
+
+def test_expected_accuracy_is_that_of_the_features_of_each_perturbation():
+    expectation = expectation_of(0.6)
+    asked = ["NEW", "A+NEW", "LIKE_B", "LIKE_B+NEW", "A", "UNHEARD"]
+    rows = ask(asked, {("single", 0): BETTER}, expectation=expectation).table.set_index("perturbation")
+    plain = ask(asked, {("single", 0): BETTER}).table.set_index("perturbation")
+    # Similarities as in the tests of neighbours above; kinds as training leaves them.
+    known = pd.DataFrame(
+        {
+            "category": ["single", "combo_seen1", "single"], "n_genes_seen": [0, 1, 0],
+            "nearest_similarity": [0.8, 0.8, 0.8], "prior_coverage": [1.0, 1.0, 0.5],
+            "predicted_effect": rows.loc[asked[:3], "effect_size"],
+            "predicted_effect_sd": rows.loc[asked[:3], "effect_size_sd"],
+        }
+    )  # fmt: skip
+    expected = expectation.model.expected(known)
+    assert rows.loc[asked[:3], "expected_accuracy"].tolist() == pytest.approx(expected.tolist())
+    width = expectation.model.half_width
+    assert rows.loc["NEW", ["expected_low", "expected_high"]].tolist() == pytest.approx(
+        [expected[0] - width, expected[0] + width]
+    )
+    # Of a kind that was never held out, of what was measured, and of what is not predicted: nothing.
+    columns = ["expected_accuracy", "expected_low", "expected_high", "expected_from"]
+    assert rows.loc[["LIKE_B+NEW", "A", "UNHEARD"], columns].isna().all().all()
+    assert set(rows.loc[asked[:3], "expected_from"]) == {"features"}
+    words = "; its expected accuracy follows from its kind, neighbours and predicted effect"
+    assert rows.loc["NEW", "trust"] == plain.loc["NEW", "trust"] + words
+    # A prediction that is abstained from is not made more trustworthy by a number.
+    assert rows.loc["A+NEW", "trust"] == "no held-out perturbation of this kind: untested"
+    assert rows["abstain"].equals(plain["abstain"])
+
+
+def test_without_skill_the_expected_accuracy_is_the_mean_of_the_kind_and_the_words_say_so():
+    expectation = expectation_of(0.0)
+    rows = ask(["NEW", "LIKE_B", "A+NEW"], {("single", 0): BETTER}, expectation=expectation).table
+    rows = rows.set_index("perturbation")
+    assert rows.loc["NEW", "expected_accuracy"] == rows.loc["LIKE_B", "expected_accuracy"]
+    assert rows.loc["NEW", "expected_accuracy"] == pytest.approx(expectation.means["single", 0])
+    assert rows.loc["A+NEW", "expected_accuracy"] == pytest.approx(expectation.means["combo_seen1", 1])
+    assert set(rows["expected_from"]) == {"kind"}
+    assert rows.loc["NEW", "trust"].endswith(
+        "; its expected accuracy is the mean of the kind, since nothing else told good from bad held-out "
+        "predictions"
+    )
+
+
+def test_neighbours_of_the_expectation_are_those_of_the_file_that_it_was_learned_with():
+    expectation, model = expectation_of(0.6), FakeModel(made_pairs())
+    plain = ask(["LIKE_B"], expectation=expectation).table.iloc[0]
+    assert (plain["nearest_training_gene"], plain["nearest_similarity"]) == ("B", pytest.approx(0.8))
+    # The model knows nothing of B, so that it calls A the nearest gene.
+    model.codes["net"] = model.codes["net"].clone()
+    model.codes["net"][model.perturbed_genes.index("B")] = 0
+    own = ask(["LIKE_B"], model=model, expectation=expectation).table.iloc[0]
+    assert (own["nearest_training_gene"], own["nearest_similarity"]) == ("A", pytest.approx(0.6))
+    assert own["expected_accuracy"] == plain["expected_accuracy"]
 
 
 @pytest.mark.parametrize("part", ["split", "genes"])

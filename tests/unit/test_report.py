@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import anndata
 import numpy as np
@@ -18,254 +19,19 @@ import pytest
 from biojepa import contracts
 from biojepa.errors import InputError
 from biojepa.evaluation.metrics import all_metrics
-from biojepa.report import IndexEntry, Profile, ReportInputs, build_index, build_report, figures, tables
+from biojepa.evaluation.verdict import BETTER, CANNOT_TELL, NOT_EVALUATED, SAME, SUSPECTED, WORSE
+from biojepa.models import ABLATION_MODELS
+from biojepa.report import IndexEntry, Profile, ReportInputs, build_index, build_report, figures, read, tables
+from biojepa.report.decision import decision_rows, verdict_view
 from biojepa.report.explorer import explorer_data
 from biojepa.report.figures_quality import on_target_points
-from biojepa.report.figures_training import thin_cells
+from biojepa.report.figures_training import broken_at_restarts
 from biojepa.report.glossary import METRIC_ORDER, metric_text, model_text
+from biojepa.report.methods import file_groups, methods_text, run_times
 from biojepa.report.page import LIMIT_BYTES, embedded_json
 from biojepa.report.read import ReportFiles, Run, read_report
 from biojepa.report.static import calibration_svg, scatter_svg
-
-HOSTILE = "<b>x</b>"
-HOSTILE_GENE = "</script>"
-QUALITY = {
-    "duplicate": 0.82, "interpolated_duplicate": 0.84, "oracle": 0.78, "biojepa": 0.63,
-    "untrained_predictor": 0.41, "pca_predictor": 0.52,
-    "multihot": 0.58, "additive": 0.35, "linear": 0.31, "knn": 0.22, "no_change": 0.17,
-    "mean": 0.0, "shuffled_labels": 0.02, "my_model": 0.28,
-}  # fmt: skip
-WHOLE_MODEL_METRICS = ("effect_slope", "spread_ratio")
-CATEGORIES = ("combo_seen2", "combo_seen1", "combo_seen0", "single_in_combo", "single")
-
-
-def _score(metric: str, quality: np.ndarray | float) -> np.ndarray | float:
-    """Turn a quality between 0 and 1 into a plausible value of a metric."""
-    return {
-        "rank_l2": 0.5 + 0.5 * quality,
-        "rank_cosine": 0.5 + 0.45 * quality,
-        "additive_l2_difference": 1.2 - 2 * quality,
-        "l2_top1000": 5 - 3 * quality,
-        "mse": 0.05 - 0.03 * quality,
-        "pearson_delta_control": 0.6 + 0.3 * quality,
-        "crps": 0.2 - 0.1 * quality,
-    }.get(metric, quality)
-
-
-def make_metrics(rng: np.random.Generator, names: list[str], categories: list[str]) -> pd.DataFrame:
-    """Return a metrics table of all models and registered metrics, two folds."""
-    hardness = rng.normal(0, 0.14, len(names)) - 0.12 * np.array([c == "single" for c in categories])
-    rows = []
-    for model, quality in QUALITY.items():
-        for metric in all_metrics():
-            if metric in WHOLE_MODEL_METRICS:
-                rows += [(model, fold, 0, "*", "all", metric, quality) for fold in (0, 1)]
-                continue
-            noise = 0.0 if model == "mean" and "delta" in metric else 1.0
-            values = _score(
-                metric, np.clip(quality + noise * (hardness + rng.normal(0, 0.07, len(names))), -1, 1)
-            )
-            rows += [
-                (model, i % 2, 0, name, category, metric, value)
-                for i, (name, category, value) in enumerate(zip(names, categories, values, strict=True))
-            ]
-    return pd.DataFrame(rows, columns=list(contracts.METRICS_COLUMNS))
-
-
-def make_summary(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Pool the metrics with a normal interval: close enough to a bootstrap for a picture."""
-    rows = []
-    categories = ["all", *sorted(set(metrics["category"]) - {"all"})]
-    for category in categories:
-        inside = metrics if category == "all" else metrics[metrics["category"] == category]
-        for metric, block in inside.groupby("metric", sort=False):
-            by_model = block.groupby("model", sort=False)["value"]
-            mean, n = by_model.mean(), by_model.size()
-            half = 1.96 * by_model.std().fillna(0) / np.sqrt(n)
-            simple = [
-                name
-                for name in ("multihot", "additive", "linear", "knn", "no_change", "mean")
-                if name in mean
-            ]
-            best = min(simple, key=lambda name: metric_text(metric).loss(mean[name]))
-            gap = (mean - mean["mean"]) / (mean["duplicate"] - mean["mean"])
-            for model in mean.index:
-                p = np.nan if model == best else 0.001 if abs(mean[model] - mean[best]) > 0.04 else 0.4
-                rows.append(
-                    (model, category, metric, n[model], mean[model], mean[model] - half[model],
-                     mean[model] + half[model], gap[model], gap[model] - 0.1, gap[model] + 0.1, best,
-                     p, np.nan if model in contracts.POSITIVE_CONTROLS else p, 0.7, 0.3)
-                )  # fmt: skip
-    return pd.DataFrame(rows, columns=list(contracts.SUMMARY_COLUMNS))
-
-
-def make_enrichment(rng: np.random.Generator, names: list[str], categories: list[str]) -> pd.DataFrame:
-    """Return enrichment scores of twelve gene sets for three models."""
-    rows = []
-    for name, category in zip(names, categories, strict=True):
-        truth = rng.choice([-1, 1], 12) * rng.uniform(0.8, 2.6, 12)
-        for model in ("biojepa", "multihot", "duplicate", "mean"):
-            said = QUALITY[model] * truth + rng.normal(0, 0.5, 12)
-            rows += [
-                (model, 0, 0, name, category, f"SET_{k} interferon & response <{k}>", said[k], truth[k],
-                 0.01 if abs(truth[k]) > 1.7 else 0.4)
-                for k in range(12)
-            ]  # fmt: skip
-    columns = (
-        "model",
-        "fold",
-        "seed",
-        "perturbation",
-        "category",
-        "gene_set",
-        "nes_pred",
-        "nes_true",
-        "fdr_true",
-    )
-    return pd.DataFrame(rows, columns=list(columns))
-
-
-def make_perturbations(rng: np.random.Generator, names: list[str]) -> pd.DataFrame:
-    """Return the table of perturbations, with combinations whose targets are joined by a semicolon."""
-    n = len(names)
-    double = ["+" in name for name in names]
-    return pd.DataFrame(
-        {
-            "perturbation": names,
-            "n_perturbed_genes": [2 if d else 1 for d in double],
-            "n_cells": rng.integers(28, 220, n),
-            "n_guides": 3,
-            "guides": "g1;g2;g3",
-            "target_measured": ["yes;no" if d else "yes" for d in double],
-            "on_target_log2fc": [
-                f"{rng.normal(-1.5, 0.7):.3f}" + (f";{rng.normal(-1, 0.5):.3f}" if d else "") for d in double
-            ],
-            "on_target_p": ["1e-6;0.02" if d else "1e-9" for d in double],
-            "effect_size": rng.gamma(2, 0.4, n),
-            "effect_p": 0.01,
-            "effect_q": np.where(rng.uniform(size=n) < 0.7, 0.01, 0.4),
-            "n_deg": rng.integers(0, 160, n),
-            "flag": ["weak;one_guide" if k % 5 == 0 else None for k in range(n)],
-        }
-    )[list(contracts.PERTURBATION_TABLE_COLUMNS)]
-
-
-def make_umap(rng: np.random.Generator, names: list[str], n: int = 2400) -> pd.DataFrame:
-    """Return a map in which perturbations are overlapping clouds."""
-    labels = rng.choice([contracts.CONTROL, *names], n)
-    centre = {name: rng.normal(0, 2.2, 2) for name in [contracts.CONTROL, *names]}
-    points = np.array([centre[label] for label in labels]) + rng.normal(0, 0.9, (n, 2))
-    sets = {
-        name: ("test" if k % 4 == 0 else "val" if k % 7 == 0 else "train") for k, name in enumerate(names)
-    }
-    return pd.DataFrame(
-        {
-            "cell": [f"cell{k}" for k in range(n)],
-            "umap_1": points[:, 0],
-            "umap_2": points[:, 1],
-            "perturbation": labels,
-            "set": [sets.get(label, "train") for label in labels],
-            "batch": rng.choice(["b1", "b2", "b3"], n),
-        }
-    )
-
-
-def make_history(rng: np.random.Generator) -> pd.DataFrame:
-    """Return curves of two stages; the predictor has no collapse statistics."""
-    step = np.arange(20, 620, 20)
-    encoder = pd.DataFrame({
-        "stage": "encoder", "step": step, "loss": 30 * np.exp(-step / 200) + rng.normal(0, 0.4, len(step)),
-        "std_cells": 0.9 - 0.4 * np.exp(-step / 150), "rankme": 60 * (1 - np.exp(-step / 180)),
-        "lidar": 12 * (1 - np.exp(-step / 250)), "val_loss": np.nan,
-    })  # fmt: skip
-    loss = 1.2 * np.exp(-step / 150) + 0.3
-    predictor = pd.DataFrame({"stage": "predictor", "step": step, "loss": loss, "val_loss": loss + 0.1})
-    return pd.concat([encoder, predictor], ignore_index=True)
-
-
-def make_profiles(rng: np.random.Generator, names: list[str]) -> dict[str, Profile]:
-    """Return predicted and observed changes over sixty genes, one of them with a hostile name."""
-    genes = [HOSTILE_GENE, *[f"GENE{k}" for k in range(59)]]
-    found = {}
-    for k, name in enumerate(names):
-        observed = np.sort(rng.laplace(0, 0.4, 60))[::-1]
-        predicted = {
-            model: (QUALITY[model] * observed + rng.normal(0, 0.12, 60)).tolist()
-            for model in ("biojepa", "multihot", "duplicate")
-        }
-        found[name] = Profile(k % 2, genes, observed.tolist(), predicted)
-    return found
-
-
-def make_inputs(seed: int = 0) -> ReportInputs:
-    """Return the inputs of a report on 30 perturbations, 14 models and two folds."""
-    rng = np.random.default_rng(seed)
-    singles = [HOSTILE, *[f"GENE{k}" for k in range(17)]]
-    names = singles + [f"GENE{k}+GENE{k + 3}" for k in range(12)]
-    categories = ["single" if k % 3 else "single_in_combo" for k in range(18)]
-    categories += [CATEGORIES[k % 3] for k in range(12)]
-    metrics = make_metrics(rng, names, categories)
-    summary = make_summary(metrics)
-    norms = pd.DataFrame(
-        [(model, name, o, QUALITY[model] * o + rng.normal(0, 0.1)) for name, o in
-         zip(names, rng.gamma(4, 0.6, len(names)), strict=True) for model in QUALITY],
-        columns=["model", "perturbation", "observed", "predicted"],
-    )  # fmt: skip
-    usable = {name: name not in ("weighted_r2_delta", "mse") for name in all_metrics()}
-    history = make_history(rng)
-    return ReportInputs(
-        dataset="demo <screen>",
-        split="perturbation",
-        metrics=metrics,
-        summary=summary,
-        enrichment=make_enrichment(rng, names, categories),
-        verdict={
-            "model": "biojepa",
-            "outcome": "better than",
-            "sentence": "On 30 held-out perturbations, biojepa is better than the best simple baseline "
-            "(multihot): correlation of the change against the training perturbed mean 0.60 against 0.55, "
-            "difference +0.05 (95% CI +0.01 to +0.09).",
-            "details": [
-                {"scope": "seen genes", "text": "On 18 of seen genes, biojepa is better …"},
-                {"scope": "unseen genes", "text": "On 12 of unseen genes, this dataset cannot tell."},
-            ],
-            "usable": usable,
-            "dynamic_range": {name: {"low": 0.6, "high": 0.9, "mean": 0.75} for name in usable},
-            "rule": "interval of the paired difference",
-        },
-        splits=[
-            {"fold": f, "scheme": "perturbation", "seed": 0, "sha256": f"{f}" * 64, "n_train": 18, "n_val": 4,
-             "n_test": 15}
-            for f in (0, 1)
-        ],
-        qc=pd.DataFrame(
-            [("no_guide", "dominance, ≥ 5 UMIs", 10_000, 512, 9_488, ""),
-             ("min_counts", "≥ 500 UMIs", 9_488, 40, 9_448, ""),
-             ("max_pct_mito", "5 MADs", 9_448, 420, 9_028, "per batch"),
-             ("doublets", "off", 9_028, 0, 9_028, "not run"),
-             ("min_cells", "≥ 25 cells", 9_028, 128, 8_900, "2 perturbations: A, <i>B</i>")],
-            columns=list(contracts.QC_COLUMNS),
-        ),
-        perturbations=make_perturbations(rng, names),
-        umap=make_umap(rng, names),
-        coverage=pd.DataFrame(
-            [("A", 2, 1, 1, "coded"), (HOSTILE_GENE, 0, 0, 0, "average"), ("B", 1, 1, 0, "coded")] * 2
-            + [("C", 1, 1, 0, "coded"), ("C", 0, 0, 0, "average")],
-            columns=["gene", "n_sources", "string", "go", "consequence"],
-        ),
-        histories={f"biojepa fold{f} seed0": history.assign(loss=history["loss"] + f) for f in (0, 1)},
-        train_metrics={
-            f"biojepa fold{f} seed0": {"device": "cpu", "seconds": 41.2, "embedding": {"rankme": 55.1}}
-            for f in (0, 1)
-        },
-        profiles=make_profiles(rng, names),
-        norms=norms,
-        provenance={"commit": "0123abc", "versions": {"torch": "2.13.0"}, "hardware": "2 CPU cores"},
-        settings={"model": {"depth": 2}, "seed": 0},
-        sentinels=[{"check": "split.tsv is the one that was frozen", "passed": True, "detail": "ok"},
-                   {"check": "every prediction declares its set", "passed": False, "detail": "1 of 12"}],
-        downloads=[{"label": "evaluate/metrics.tsv", "href": "evaluate/metrics.tsv"}],
-    )  # fmt: skip
+from report_case import HOSTILE, HOSTILE_GENE, make_inputs, make_umap
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +95,7 @@ def test_page_refers_to_nothing_outside_itself(page: str, inputs: ReportInputs) 
 
 def test_own_scripts_hold_no_address_and_offer_no_upload() -> None:
     folder = Path(figures.__file__).parent
-    for name in ("plots.js", "explorer.js", "theme.js"):
+    for name in ("plots.js", "explorer.js", "tables.js", "theme.js"):
         text = (folder / name).read_text(encoding="utf-8")
         assert "http" not in text
         assert "innerHTML" not in text
@@ -533,7 +299,7 @@ def test_on_target_table_splits_combinations() -> None:
 
 def test_map_of_many_cells_is_thinned_evenly() -> None:
     table = pd.DataFrame({"x": np.arange(100_000)})
-    kept = thin_cells(table, 500)["x"].to_numpy()
+    kept = figures.evenly(table, 500)["x"].to_numpy()
     assert (len(kept), kept[0], kept[-1]) == (500, 0, 99_999)
     assert np.ptp(np.diff(kept)) <= 1
 
@@ -542,6 +308,25 @@ def test_failed_sentinel_is_shouted_and_none_is_said(page: str) -> None:
     assert section(page, "leakage").count("✗ FAILED") == 1
     quiet = build_report(ReportInputs(**{**make_inputs().__dict__, "sentinels": []}))
     assert "No sentinel was recorded" in section(quiet, "leakage")
+
+
+def test_a_suspected_leak_stands_on_the_first_screen_and_checks_tell_their_kind() -> None:
+    inputs = make_inputs()
+    sign = {"check": "source <b>esm</b> looks like", "passed": False, "detail": "", "kind": "statistical"}
+    silent = {"check": "not declared", "passed": None, "detail": "mine", "kind": "exact"}
+    passed = {"check": "frozen", "passed": True, "detail": "ok", "kind": "exact"}
+    verdict = {**inputs.verdict, "outcome": SUSPECTED}
+    page = build_report(replace(inputs, verdict=verdict, sentinels=[sign, silent, passed]))
+    first, checks = section(page, "summary"), section(page, "leakage")
+    assert "A leak is suspected" in first
+    assert "1 of 3 <a" in first
+    assert "source &lt;b&gt;esm&lt;/b&gt; looks like" in first
+    assert "Do not quote any score of this page" in first
+    assert "1 passed, 1 failed, 1 could not be made" in checks
+    assert (checks.count("✗ FAILED"), checks.count("✓ passed"), checks.count("– not told")) == (1, 1, 1)
+    assert (checks.count("<td>statistical</td>"), checks.count("<td>exact</td>")) == (1, 2)
+    clean = section(build_report(replace(inputs, sentinels=[silent, passed])), "summary")
+    assert "leakage checks</a> failed" not in clean
 
 
 def test_split_checksums_and_download_links_are_printed(page: str, inputs: ReportInputs) -> None:
@@ -578,6 +363,7 @@ def test_report_without_optional_parts_still_builds() -> None:
     page = build_report(bare)
     assert "No verdict was recorded" in page
     assert "No gene sets were scored" in page
+    assert "No trained embedding was measured" in page
 
 
 def test_equal_inputs_give_equal_bytes(page: str) -> None:
@@ -738,3 +524,201 @@ def test_a_shut_gate_is_said_beside_the_verdict(inputs: ReportInputs) -> None:
     assert "in 1 of 1 training." in shown(0.4)
     assert "Where it is shut" not in shown(0.4)
     assert "gate of the latent predictor" not in build_report(replace(inputs, train_metrics={}))
+
+
+# --- first screen, methods, size ----------------------------------------------------------------
+
+
+def test_the_model_stands_beside_the_best_baseline_and_both_ends_of_the_scale(inputs: ReportInputs) -> None:
+    rows = {row.metric.name: row for row in decision_rows(inputs)}
+    assert list(rows) == inputs.headline_metrics
+    pooled = inputs.pooled.set_index(["model", "metric"])
+    for name, row in rows.items():
+        own, ends = pooled.loc[("biojepa", name)], pooled["mean"]
+        best = own["best_baseline"]
+        assert float(row.model.value.replace("−", "-")) == pytest.approx(own["mean"], abs=6e-4)
+        assert row.baseline_model is not None
+        assert row.baseline_model.name == best
+        assert float(row.baseline.value.replace("−", "-")) == pytest.approx(ends[best, name], abs=6e-4)
+        assert float(row.floor.replace("−", "-")) == pytest.approx(ends["mean", name], abs=6e-4)
+        assert float(row.ceiling) == pytest.approx(ends["duplicate", name], abs=6e-4)
+        assert row.gap_interval == " to ".join(
+            tables.format_percent(own[end]) for end in ("gap_ci_low", "gap_ci_high")
+        )
+        assert (row.win, row.harm) == ("70\u202f%", "30\u202f%")
+        assert row.usable is (name != "weighted_r2_delta")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "words"),
+    [(BETTER, "BioJEPA says more"), (SAME, "Nothing here speaks for BioJEPA over Prior ridge"),
+     (WORSE, "Do not use BioJEPA"), (CANNOT_TELL, "Do not conclude"), (NOT_EVALUATED, "Nothing is known")],
+)  # fmt: skip
+def test_each_outcome_says_what_it_means_for_the_reader(
+    inputs: ReportInputs, outcome: str, words: str
+) -> None:
+    first = {"best_baseline": "ridge", "score": 0.5, "baseline_score": 0.4, "gap_closed": None}
+    detail = {"scope": "all", "text": "t", "n": 30, "outcome": outcome, "comparisons": [first]}
+    verdict = {**inputs.verdict, "outcome": outcome, "details": [detail]}
+    view = verdict_view(replace(inputs, verdict=verdict))
+    assert words in view["advice"]
+    assert view["details"] == []
+    assert verdict_view(replace(inputs, verdict={}))["advice"] == ""
+
+
+def test_a_group_of_perturbations_is_judged_in_half_a_line(inputs: ReportInputs) -> None:
+    compared = {"best_baseline": "no_change", "score": 0.341, "baseline_score": 0.369, "gap_closed": 0.47}
+    detail = {"scope": "unseen genes", "text": "a long sentence", "n": 12, "outcome": SAME,
+              "comparisons": [compared]}  # fmt: skip
+    view = verdict_view(replace(inputs, verdict={**inputs.verdict, "details": [detail]}))
+    assert view["details"][0]["brief"] == (
+        "indistinguishable from the best baseline (No change): 0.34 against 0.37, n = 12; "
+        "47\u202f% of the gap closed"
+    )
+    without = {**detail, "comparisons": []}
+    view = verdict_view(replace(inputs, verdict={**inputs.verdict, "details": [without]}))
+    assert view["details"][0]["brief"] == "a long sentence"
+
+
+def test_methods_for_a_paper_name_data_seeds_statistics_and_software(inputs: ReportInputs) -> None:
+    settings = {"evaluate": {"confidence": 0.9, "draws": 750, "seed": 3, "baselines": ["mean", "multihot"]}}
+    runs = {
+        "biojepa fold0 seed0": {"seconds": 40.0, "device": "cpu (x86_64)", "torch_threads": 2},
+        "biojepa fold1 seed0": {"seconds": 65.0, "device": "cpu (x86_64)", "torch_threads": 2},
+        "pca_predictor fold0 seed0": {"seconds": 1e5, "device": "cuda"},
+    }
+    text = " ".join(methods_text(replace(inputs, settings=settings, train_metrics=runs)))
+    for part in (
+        "30 held-out perturbations of the dataset demo <screen>", "2 folds (seed 0)", "training seed 0",
+        "Weighted R² (weighted_r2_delta) was not used", "90\u202f% intervals are percentiles of 750",
+        "(seed 3)", "best of 2 simple baselines (Training mean, Multi-hot ridge)", "at commit 0123abc",
+        "torch 2.13.0", "2 trainings of BioJEPA took 1.75 min in all on cpu (x86_64), 2 threads.",
+    ):  # fmt: skip
+        assert part in text, part
+    page = build_report(replace(inputs, settings=settings, train_metrics=runs))
+    shown = section(page, "methods").split('<p id="methods-text">', 1)[1].split("</p>", 1)[0]
+    assert html.unescape(shown) == text
+    assert "<screen>" not in shown
+
+
+def test_run_times_are_those_that_the_trainings_wrote(inputs: ReportInputs) -> None:
+    runs = {
+        "pca fold0 seed0": {"seconds": 5.0, "peak_memory_mb": 300.0, "device": "cpu", "torch_threads": 1},
+        "biojepa fold0 seed0": {"seconds": 7300.0, "peak_memory_mb": 512.4, "device": "cuda"},
+        "biojepa fold1 seed0": {"seconds": 3500.0, "peak_memory_mb": None, "device": "cuda"},
+        "old fold0 seed0": {"device": "cpu"},
+    }
+    first, second = run_times(replace(inputs, train_metrics=runs))
+    assert first == {"model": "biojepa", "runs": 2, "device": "cuda", "total": "3 h", "longest": "2.03 h",
+                     "memory": "512 MB"}  # fmt: skip
+    assert (second["model"], second["total"], second["device"]) == ("pca", "5 s", "cpu, 1 thread")
+
+
+def test_links_quote_names_and_hundreds_of_them_fold(tmp_path: Path, inputs: ReportInputs) -> None:
+    folder = tmp_path / "50% of #2, à b"
+    folder.mkdir()
+    found = read_report(write_files(folder, inputs), "d", "s", page=tmp_path / "x" / "report.html")
+    links = {item["label"]: unquote(item["href"]) for item in found.downloads}
+    own = {label: path for label, path in links.items() if folder.name in path}
+    assert len(own) >= 11
+    assert all((tmp_path / "x" / path).resolve().is_file() for path in own.values())
+    assert all(quote(unquote(item["href"])) == item["href"] for item in found.downloads)
+    assert any("%23" in item["href"] for item in found.downloads)
+    runs = [{"label": f"fold{k}/embed/predictions.h5ad", "href": "p"} for k in range(300)]
+    groups = dict(file_groups([*found.downloads, *runs]))
+    assert len(groups["Predictions of single runs"]) == 300
+    assert "metrics.tsv" in {item["label"].rsplit("/", 1)[-1] for item in groups[""]}
+
+
+def test_a_curve_that_starts_again_is_not_drawn_backwards() -> None:
+    x, y = broken_at_restarts([10, 20, 10, 20], [1.0, 2.0, 3.0, None])
+    assert x == [10, 20, None, 10, 20]
+    assert y == [1.0, 2.0, None, 3.0, None]
+
+
+def test_sections_are_numbered_as_they_stand(page: str, inputs: ReportInputs) -> None:
+    numbers = [int(text) for text in re.findall(r'<h2><span class="no">(\d+)</span>', page)]
+    assert numbers == list(range(2, 2 + len(numbers)))
+    bar = page.split('aria-label="Sections"', 1)[1].split("</nav>", 1)[0]
+    keys = re.findall(r'<section id="(\w+)"', page)
+    assert re.findall(r'href="#(\w+)"', bar) == keys
+    assert len(numbers) == len(keys) - 1
+
+
+def test_many_ablations_are_left_out_of_the_panels_and_said(inputs: ReportInputs) -> None:
+    few, note = figures.drawn_models(inputs, inputs.models)
+    assert {model.name for model in few} == set(inputs.models)
+    assert note == ""
+    row = inputs.summary[inputs.summary["model"] == "pca_predictor"]
+    names = [name for name in ABLATION_MODELS if name not in inputs.models][:9]
+    more = pd.concat([inputs.summary, *(row.assign(model=name) for name in names)])
+    crowded = replace(inputs, summary=more)
+    kept, note = figures.drawn_models(crowded, crowded.models)
+    ablations = [name for name in crowded.models if model_text(name).group == "ablation"]
+    assert {model.name for model in kept} == set(crowded.models) - set(ablations)
+    assert f"{len(ablations)} ablations" in note
+    assert f"{len(ablations)} ablations" in figures.calibration_figures(crowded)[0].caption.n
+
+
+def test_gene_sets_of_the_explorer_are_the_strongest_and_bounded(
+    inputs: ReportInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = explorer_data(inputs)
+    assert everything["nesModels"][:3] == ["duplicate", "biojepa", "multihot"]
+    table = inputs.enrichment.set_index(["perturbation", "gene_set", "model"])
+    for position, observed, _, said in everything["nes"][HOSTILE]:
+        key = (HOSTILE, everything["sets"][position])
+        assert observed == pytest.approx(table.loc[(*key, "biojepa"), "nes_true"], rel=5e-3)
+        expected = [table.loc[(*key, model), "nes_pred"] for model in everything["nesModels"]]
+        assert said == pytest.approx(expected, rel=5e-3)
+    # Four models and three numbers of the truth: room for 10 perturbations of 5 sets.
+    monkeypatch.setattr("biojepa.report.explorer.MAX_SET_SCORES", 10 * 5 * 7)
+    bounded = explorer_data(inputs)["nes"]
+    strength = inputs.enrichment.assign(size=inputs.enrichment["nes_true"].abs())
+    strongest = strength.groupby("perturbation")["size"].max().nlargest(10).index
+    assert set(bounded) == set(strongest)
+    assert {len(rows) for rows in bounded.values()} == {5}
+
+
+def test_a_page_of_two_thousand_perturbations_stays_small(inputs: ReportInputs) -> None:
+    rng = np.random.default_rng(0)
+    count, genes = 2000, [f"GENE{k}" for k in range(8000)]
+    names = [f"GENE{k}+PARTNER{k + 3}" for k in range(count)]
+    models = [name for name in inputs.models if name not in ("oracle", "my_model")]
+    metrics = [name for name in all_metrics() if name not in ("effect_slope", "spread_ratio")]
+    assert (len(models), len(metrics) >= 20) == (12, True)
+    keys = pd.MultiIndex.from_product([models, metrics, names], names=["model", "metric", "perturbation"])
+    scores = keys.to_frame(index=False).assign(
+        fold=0, seed=0, category="single", value=rng.normal(size=len(keys))
+    )[list(contracts.METRICS_COLUMNS)]
+    single = inputs.perturbations.iloc[np.resize(np.arange(30), count)].assign(perturbation=names)
+    keys = pd.MultiIndex.from_product([models, names], names=["model", "perturbation"])
+    norms = keys.to_frame(index=False).assign(observed=rng.gamma(4, size=len(keys)), predicted=1.234567)
+    scored = [models[models.index(name)] for name in ("biojepa", "multihot", "duplicate", "mean")]
+    keys = pd.MultiIndex.from_product(
+        [scored, names, [f"HALLMARK_PATHWAY_NUMBER_{k}" for k in range(50)]],
+        names=["model", "perturbation", "gene_set"],
+    )
+    enrichment = keys.to_frame(index=False).assign(
+        fold=0, seed=0, category="single", nes_pred=rng.normal(size=len(keys)),
+        nes_true=np.tile(rng.normal(size=count * 50), 4), fdr_true=0.123456,
+    )  # fmt: skip
+    per_gene = 5  # position, observed, and three models
+    limit = read.PROFILE_BUDGET // (count * per_gene)
+    assert limit >= 12
+    profiles = {
+        name: Profile(0, rng.choice(genes, limit).tolist(), rng.laplace(size=limit).tolist(),
+                      {model: rng.laplace(size=limit).tolist() for model in scored[:3]})
+        for name in names
+    }  # fmt: skip
+    big = replace(
+        inputs, metrics=scores, perturbations=single, norms=norms, enrichment=enrichment, profiles=profiles,
+        summary=inputs.summary[inputs.summary["model"].isin(models)],
+        umap=make_umap(rng, names, 50_000),
+    )  # fmt: skip
+    page = build_report(big)
+    assert len(page.encode()) < 9_500_000 < LIMIT_BYTES
+    data = embedded(page)["explorer"]
+    assert len(data["names"]) == len(data["profiles"]) == count
+    assert {model["name"] for model in data["models"]} >= {"biojepa", "multihot", "duplicate"}
+    assert data["reduced"]

@@ -10,14 +10,13 @@ import pytest
 
 from biojepa.contracts import CATEGORY, PERTURBATION, SET, TEST, TRAIN, VAL
 from biojepa.errors import InputError
+from biojepa.schemes import no_split, split_perturbations
 from biojepa.splits import (
     LeakageError,
     SeenGenes,
     labels_in,
-    no_split,
     read_split,
     refuse_held_out,
-    split_perturbations,
     split_table,
     write_split,
 )

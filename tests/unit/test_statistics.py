@@ -154,20 +154,23 @@ def test_p_value_is_the_paired_wilcoxon_test(values):
 
 
 def test_q_values_are_benjamini_hochberg_over_models_and_metrics_without_positive_controls(values):
+    """Headline and secondary metrics are one family, legacy ones another."""
     multitest = pytest.importorskip("statsmodels.stats.multitest")
     rng = np.random.default_rng(4)
     parts = []
-    for metric in (CORRELATION, "rank_l2", DISTANCE):
+    for metric in (CORRELATION, "rank_l2", "direction_match", "mse", DISTANCE):
         models = {name: numbered(values + rng.normal(0.03, 0.1, 30)) for name in ("biojepa", "a", "b")}
         models |= {"ridge": numbered(values), "duplicate": numbered(values + 5), "mean": numbered(0 * values)}
         parts.append(long_table(models, metric))
     summary = summarize(tables_of(pd.concat(parts)), ("ridge",), 0.95)
-    inside = summary[(summary["category"] == "all") & summary["metric"].isin([CORRELATION, "rank_l2"])]
-    family = inside[inside["p_vs_best_baseline"].notna() & (inside["model"] != "duplicate")]
-    assert len(family) == 8
-    expected = multitest.multipletests(family["p_vs_best_baseline"], method="fdr_bh")[1]
-    assert family["q_vs_best_baseline"].to_numpy() == pytest.approx(expected)
-    assert inside.loc[inside["model"] == "duplicate", "q_vs_best_baseline"].isna().all()
+    for family, size in (((CORRELATION, "rank_l2", "direction_match"), 12), (("mse", DISTANCE), 8)):
+        for category in ("all", "single"):
+            inside = summary[(summary["category"] == category) & summary["metric"].isin(family)]
+            tested = inside[inside["p_vs_best_baseline"].notna() & (inside["model"] != "duplicate")]
+            assert len(tested) == size
+            expected = multitest.multipletests(tested["p_vs_best_baseline"], method="fdr_bh")[1]
+            assert tested["q_vs_best_baseline"].to_numpy() == pytest.approx(expected)
+            assert inside.loc[inside["model"] == "duplicate", "q_vs_best_baseline"].isna().all()
 
 
 def test_summary_has_the_columns_of_the_contract_and_a_block_per_category():
@@ -208,11 +211,14 @@ def test_whole_model_scores_are_pooled_over_folds_and_share_the_draws():
     assert (weights[0] == 1).all()
     rows = whole.scopes["all"].perturbations.get_indexer(first)
     assert (weights[1:] == whole.scopes["all"].counts[:, rows]).all()
-    for fold, value in ((first, 0.2), (second, 0.6)):
+    for fold, (labels, value) in enumerate([(first, 0.2), (second, 0.6)]):
         values = np.full(101, value)
-        whole.add("ridge", "effect_slope", "all", values)
-        assert "all" in whole.weights(fold, np.array(["single"] * 6))
+        whole.add("ridge", "effect_slope", "all", values, (fold, 0), labels[fold:])
+        assert "all" in whole.weights(labels, np.array(["single"] * 6))
     assert whole.pooled("ridge", "effect_slope", whole.scopes["all"]) == pytest.approx(np.full(101, 0.4))
+    # The second fold's score rests on all but one of its perturbations.
+    assert whole.n("effect_slope", whole.scopes["all"]) == 11
+    assert whole.n("effect_slope", whole.scopes["single"]) == 0
     assert whole.weights(first[:4], np.array(["single"] * 4)) == {}
 
 
@@ -227,3 +233,97 @@ def test_paired_difference_is_positive_for_the_better_model_whatever_the_directi
             (sign * offset,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
         ).confidence_interval
         assert (low, high) == pytest.approx(tuple(reference), abs=0.002)
+
+
+# --- several seeds ------------------------------------------------------------------------------
+
+
+def seeded_table(offsets, values, folds=1, model="biojepa", metric=CORRELATION):
+    """Scores of one model whose seeds differ by an offset that all of a fold's perturbations share."""
+    parts = []
+    for fold in range(folds):
+        own = {label: v for i, (label, v) in enumerate(numbered(values).items()) if i % folds == fold}
+        for seed, offset in enumerate(np.atleast_2d(offsets)[fold % np.atleast_2d(offsets).shape[0]]):
+            moved = {model: {label: v + offset for label, v in own.items()}}
+            parts.append(long_table(moved, metric, fold=fold, seed=10 * seed))
+    return pd.concat(parts)
+
+
+def test_seeds_are_resampled_within_every_sample_of_perturbations(values):
+    """Against explicit samples: perturbations and seeds drawn out by hand from the same counts."""
+    rng = np.random.default_rng(8)
+    scores = seeded_table(rng.normal(0, 0.3, (2, 3)), values, folds=2)
+    table = tables_of(scores, draws=200)[0]
+    by_seed = scores.pivot(index="perturbation", columns=["fold", "seed"], values="value")
+    trainings = list(by_seed.columns)
+    drawn = table.scope.training_counts(trainings).astype(int)
+    assert all((drawn[:, [t[0] == fold for t in trainings]].sum(axis=1) == 3).all() for fold in (0, 1))
+    assert not (drawn[:, :3] == drawn[:, 3:]).all()  # folds are trained apart, so drawn apart
+    for draw in range(200):
+        columns = np.repeat(np.arange(6), drawn[draw])
+        means = np.nanmean(by_seed.to_numpy()[:, columns], axis=1)
+        sample = np.repeat(means, table.scope.counts[draw].astype(int))
+        assert table.draws[draw, 0] == pytest.approx(sample.mean())
+
+
+def test_intervals_widen_with_what_seeds_share_and_the_point_estimate_stays(values):
+    """n perturbations that all move with the seed: the spread of the seeds does not shrink with n."""
+    offsets = np.array([-0.3, 0.0, 0.3])
+    alone = tables_of(long_table({"biojepa": numbered(values)}), draws=4000)[0]
+    several = tables_of(seeded_table(offsets, values), draws=4000)[0]
+    assert several.mean == pytest.approx(alone.mean)
+    assert several.values == pytest.approx(alone.values)
+    # Means of three draws from three seeds have variance Var(seed) / 3, on top of the perturbations'.
+    expected = alone.draws.var() + offsets.var() / 3
+    assert several.draws.var() == pytest.approx(expected, rel=0.1)
+
+
+def test_one_seed_gives_the_same_numbers_whether_or_not_other_models_have_more(values):
+    models = {"ridge": values, "mean": 0 * values, "duplicate": 1 + values}
+    one = long_table({name: numbered(scores) for name, scores in models.items()})
+    more = seeded_table([0.0, 0.1], values + 0.2)
+    # More models make a larger family of tests.
+    alone, beside = (
+        summary_of(table).drop(columns="q_vs_best_baseline") for table in (one, pd.concat([one, more]))
+    )
+    pd.testing.assert_frame_equal(alone, beside.loc[alone.index], rtol=1e-13)
+
+
+def test_models_with_as_many_seeds_share_the_draws_so_that_their_difference_is_paired(values):
+    offsets = [-0.3, 0.0, 0.3]
+    better = seeded_table(offsets, values + 0.1, folds=2)
+    other = seeded_table(offsets, values, folds=2, model="ridge")
+    table = tables_of(pd.concat([better, other]))[0]
+    mean, low, high = paired_difference(table, "biojepa", "ridge", 0.95)
+    assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
+    assert table.draws[:, 0] - table.draws[:, 1] == pytest.approx(np.full(2000, 0.1))
+
+
+def test_paired_difference_and_gap_follow_the_seeds_drawn(values):
+    offsets = np.array([-0.2, 0.2])
+    rest = {"ridge": numbered(values), "mean": numbered(0 * values), "duplicate": numbered(1 + 0 * values)}
+    scores = pd.concat([seeded_table(offsets, values), long_table(rest)])
+    table = tables_of(scores)[0]
+    drawn = table.scope.training_counts([(0, 0), (0, 10)]) @ offsets / 2
+    assert set(np.round(drawn, 6)) == {-0.2, 0.0, 0.2}
+    # Against the same values without seeds, a sample's difference is the mean offset of its seeds.
+    assert table.gain_draws("biojepa", "ridge") == pytest.approx(drawn)
+    mean, low, high = paired_difference(table, "biojepa", "ridge", 0.95)
+    assert (mean, low, high) == pytest.approx((0.0, -0.2, 0.2), abs=1e-12)
+    # From 0 to 1, a share of the gap is the score itself.
+    gap, gap_low, gap_high = table.gap_closed(0.95)
+    assert gap[0] == pytest.approx(values.mean())
+    assert (gap_low[0], gap_high[0]) == pytest.approx([bound[0] for bound in interval(table.draws, 0.95)])
+
+
+def test_whole_model_scores_weigh_the_trainings_that_a_sample_drew():
+    tested = pd.DataFrame({"perturbation": [f"P{i}" for i in range(6)], "category": "single"})
+    whole = WholeModelScores(make_scopes(tested, 100, 0))
+    trainings = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for number, training in enumerate(trainings):
+        whole.add("ridge", "effect_slope", "all", np.full(101, float(number)), training)
+    scope = whole.scopes["all"]
+    pooled = whole.pooled("ridge", "effect_slope", scope)
+    assert pooled[0] == 1.5
+    assert pooled[1:] == pytest.approx(scope.training_counts(trainings) @ np.arange(4.0) / 4)
+    assert len(set(pooled[1:])) > 2

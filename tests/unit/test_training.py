@@ -174,7 +174,12 @@ def test_a_saved_model_embeds_and_predicts_the_same_bit_for_bit(case, tmp_path, 
     model.save(tmp_path / "model.pt")
     loaded = load_model(tmp_path / "model.pt")
     assert_same(loaded, model)
-    assert loaded.settings == settings and loaded.facts == dict(case.pairs.facts)
+    pairs = case.pairs
+    used = {
+        name: [pairs.labels[label] for label in pairs.labels_of(part)]
+        for name, part in (("trained_on", "train"), ("selected_on", "val"))
+    }
+    assert loaded.settings == settings and loaded.facts == {**pairs.facts, **used}
     assert (loaded.genes, loaded.labels, loaded.sets) == (
         case.pairs.genes,
         case.pairs.labels,

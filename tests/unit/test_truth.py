@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from evaluation_case import GENES, LABELS, Screen
-from scipy import sparse
+from evaluation_case import GENES, LABELS, Screen, random_truth
+from scipy import sparse, stats
 
 from biojepa.errors import InputError
 from biojepa.evaluation import truth as module
@@ -75,6 +77,49 @@ def test_additive_reference_adds_trained_singles_and_is_missing_otherwise(screen
             assert np.isnan(truth.additive[row]).all()
     combination = assemble_fold_of(screen, test="G0+G1")
     assert combination.additive[0] == pytest.approx(screen.mean_of("G0") + screen.mean_of("G1") - control)
+
+
+def test_error_of_the_additive_reference_follows_from_its_parts(screen):
+    """Var(a + b − c) = Var(a)/n + Var(b)/n + Var(c)/n, with singles at least as variable as control."""
+    truth = assemble_fold_of(screen, test="G0+G1")
+    cells = {label: screen.X[screen.labels == label].astype(float) for label in ("control", "G0", "G1")}
+    floor = cells["control"].var(axis=0, ddof=1)
+    expected = floor / len(cells["control"])
+    for label in ("G0", "G1"):
+        expected = expected + np.maximum(cells[label].var(axis=0, ddof=1), floor) / len(cells[label])
+    assert truth.additive_var[0] == pytest.approx(expected)
+    assert assemble_fold_of(screen, test="G3").additive_var is None
+
+
+def test_top_genes_are_those_of_largest_t_and_the_earlier_of_equal_ones():
+    rng = np.random.default_rng(1)
+    for values in (rng.normal(size=50), rng.integers(0, 4, 50).astype(float), np.zeros(50)):
+        expected = np.argsort(-values, kind="stable")[:20]
+        assert module._largest(values, 20).tolist() == expected.tolist()
+
+
+def test_significance_is_that_of_all_p_values_though_only_small_ones_are_computed():
+    for fdr in (0.01, 0.05, 0.4):
+        truth = random_truth(seed=7, n=6, genes=200, fdr=fdr)
+        # Most genes changed, so that p-values up to nearly the level are rejected.
+        changes = np.linspace(0.0, 3.0, 200) * np.sqrt(truth.control_var / 12)
+        half_b = truth.control_mean + np.tile(3.0 * changes, (6, 1))
+        truth = replace(truth, half_b=half_b, var_b=np.tile(truth.control_var, (6, 1)))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            p_values = stats.ttest_ind_from_stats(
+                truth.half_b, np.sqrt(truth.floored(truth.var_b)), 12,
+                truth.control_mean, np.sqrt(truth.control_var), 60, equal_var=False,
+            ).pvalue  # fmt: skip
+        assert (truth.significant == (stats.false_discovery_control(p_values, axis=1) < fdr)).all()
+        assert truth.significant.any()
+
+
+def test_one_cell_in_a_half_makes_nothing_significant():
+    """Welch's t needs a variance: with one cell there is no degree of freedom, and no error either."""
+    lone = np.array([1] + [12] * 8)
+    truth = random_truth(seed=4, n_a=lone, n_b=lone)
+    assert not truth.significant[0].any()
+    assert (truth.significant[1:] == random_truth(seed=4).significant[1:]).all()
 
 
 def assemble_fold_of(screen, test):

@@ -3,13 +3,11 @@
 import sys
 from pathlib import Path
 
-import pandas as pd
-
 LIBRARY = Path(workflow.current_basedir).parent / "lib"
 sys.path.insert(0, str(LIBRARY))
 
 from biojepa.config import ConfigError, load_config, machine_has_gpu
-from biojepa.contracts import NO_SPLIT
+from biojepa.contracts import NO_SPLIT, OTHER_SCREEN
 from biojepa.imports import code_digest
 from biojepa.models import (
     ORACLES,
@@ -28,7 +26,6 @@ except ConfigError as error:
 
 DATASETS = CONFIG.datasets
 SCHEMES = CONFIG.schemes
-STATIC = {model for model in CONFIG.models if is_baseline(model)} | set(REFERENCES)
 
 
 wildcard_constraints:
@@ -47,10 +44,6 @@ def library(script):
 def settings_of(stage):
     """Getter of a stage's settings for the dataset of a job."""
     return lambda wildcards: CONFIG.settings(wildcards.dataset, stage)
-
-
-def is_simulated(dataset):
-    return CONFIG.source(dataset).is_simulated
 
 
 def get_raw(wildcards):
@@ -86,12 +79,23 @@ def get_responses(wildcards):
     return [f"results/{other}/preprocess/cells.h5ad" for other in others]
 
 
+def kept(files):
+    """All of them; of an archive, those that it still holds."""
+    return [f for f in files if not CONFIG.archived or Path(f).exists()]
+
+
 def get_pathways(wildcards):
-    return CONFIG.source(wildcards.dataset).pathways
+    return kept(CONFIG.source(wildcards.dataset).pathways)
 
 
-def get_folds(dataset):
-    return CONFIG.folds(dataset)
+def get_folds(dataset, scheme):
+    return CONFIG.folds(dataset, scheme)
+
+
+def get_split_list(wildcards):
+    """The table that names the held-out perturbations of the scheme list, if a file does."""
+    path = CONFIG.settings(wildcards.dataset, "pair")["list"]
+    return [path] if wildcards.split == "list" and isinstance(path, str) else []
 
 
 def fold_folder(dataset, split, fold):
@@ -103,16 +107,40 @@ def folds_of_all(tail):
         f"{fold_folder(dataset, split, fold)}/{tail}"
         for dataset in DATASETS
         for split in SCHEMES
-        for fold in get_folds(dataset)
+        for fold in get_folds(dataset, split)
     ]
 
 
 def trainable_models():
-    return [m for m in CONFIG.models if not is_baseline(m) and not is_head(m)]
+    others = user_models()
+    return [
+        m
+        for m in CONFIG.models
+        if not is_baseline(m) and not is_head(m) and m not in others
+    ]
+
+
+def user_models():
+    """Models whose predictions were made elsewhere."""
+    return list(CONFIG.user_models)
+
+
+def get_user_file(wildcards):
+    """The file that the config names for a model whose predictions were made elsewhere."""
+    model = CONFIG.user_models[wildcards.model]
+    return model.path(
+        wildcards.dataset, wildcards.split, wildcards.fold, wildcards.seed
+    )
 
 
 def baseline_models():
-    return [model for model in CONFIG.models if is_baseline(model)]
+    """Simple models that every dataset can have, fitted in one job."""
+    return [m for m in CONFIG.models if is_baseline(m) and m != OTHER_SCREEN]
+
+
+def simple_models(dataset):
+    """The same, and what needs another screen where the dataset names one."""
+    return CONFIG.simple_models(dataset)
 
 
 def head_models():
@@ -173,14 +201,19 @@ def train_gpus(wildcards):
     return train["processes"] if on_gpu else 0
 
 
-def prediction_runs(dataset):
+def prediction_runs(dataset, split):
     """Model, fold and seed of every predictions file of a dataset and scheme."""
     runs = []
-    for fold in get_folds(dataset):
+    for fold in get_folds(dataset, split):
         runs += [
             {"model": m, "fold": fold, "seed": 0}
-            for m in (*baseline_models(), *REFERENCES)
+            for m in (*simple_models(dataset), *REFERENCES)
         ]
+        for model in CONFIG.user_models.values():
+            runs += [
+                {"model": model.name, "fold": fold, "seed": seed}
+                for seed in model.seeds(CONFIG.seeds)
+            ]
         for seed in CONFIG.seeds:
             for model in trainable_models():
                 runs.append({"model": model, "fold": fold, "seed": seed})
@@ -190,13 +223,28 @@ def prediction_runs(dataset):
     return runs
 
 
-def training_runs(dataset):
+def training_runs(dataset, split):
     """Model, fold and seed of every training of a dataset and scheme."""
     return [
         {"model": model, "fold": fold, "seed": seed}
-        for fold in get_folds(dataset)
+        for fold in get_folds(dataset, split)
         for seed in CONFIG.seeds
         for model in trainable_models()
+    ]
+
+
+def shown_trainings(dataset, split):
+    """Trainings that the report shows: all, of an archive those whose curves and figures it still holds."""
+    return [
+        run
+        for run in training_runs(dataset, split)
+        if len(
+            kept(
+                files_of_runs(dataset, split, [run], "train/history.tsv")
+                + files_of_runs(dataset, split, [run], "train/metrics.json")
+            )
+        )
+        == 2
     ]
 
 
@@ -208,7 +256,7 @@ def files_of_runs(dataset, split, runs, tail):
 
 
 def get_predictions(wildcards):
-    runs = prediction_runs(wildcards.dataset)
+    runs = prediction_runs(wildcards.dataset, wildcards.split)
     return files_of_runs(
         wildcards.dataset, wildcards.split, runs, "embed/predictions.h5ad"
     )
@@ -218,7 +266,7 @@ def get_training(tail):
     return lambda wildcards: files_of_runs(
         wildcards.dataset,
         wildcards.split,
-        training_runs(wildcards.dataset),
+        shown_trainings(wildcards.dataset, wildcards.split),
         f"train/{tail}",
     )
 
@@ -226,8 +274,18 @@ def get_training(tail):
 def get_fold_files(tail):
     return lambda wildcards: [
         f"{fold_folder(wildcards.dataset, wildcards.split, fold)}/{tail}"
-        for fold in get_folds(wildcards.dataset)
+        for fold in get_folds(wildcards.dataset, wildcards.split)
     ]
+
+
+def get_pairs(wildcards):
+    """What training read, of every fold; nothing where an archive lacks one."""
+    files = get_fold_files("pair/pairs.h5")(wildcards)
+    return files if len(kept(files)) == len(files) else []
+
+
+def get_coverage(wildcards):
+    return kept(get_fold_files("pair/coverage.tsv")(wildcards))
 
 
 def get_maps(wildcards):
@@ -235,9 +293,23 @@ def get_maps(wildcards):
     model = CONFIG.settings(wildcards.dataset, "evaluate")["model"]
     if model not in trainable_models():
         return []
-    fold = get_folds(wildcards.dataset)[0]
+    fold = get_folds(wildcards.dataset, wildcards.split)[0]
     folder = fold_folder(wildcards.dataset, wildcards.split, fold)
-    return [f"{folder}/{model}/seed{CONFIG.seeds[0]}/embed/umap.tsv"]
+    return kept([f"{folder}/{model}/seed{CONFIG.seeds[0]}/embed/umap.tsv"])
+
+
+def get_representation(wildcards):
+    """Measurements of the embedding of the model under test; none when it is not trained."""
+    model = CONFIG.settings(wildcards.dataset, "evaluate")["model"]
+    if model not in trainable_models():
+        return []
+    runs = training_runs(wildcards.dataset, wildcards.split)
+    own = [run for run in runs if run["model"] == model]
+    return kept(
+        files_of_runs(
+            wildcards.dataset, wildcards.split, own, "embed/representation.tsv"
+        )
+    )
 
 
 def predictions_of_all():
@@ -246,7 +318,7 @@ def predictions_of_all():
         for dataset in DATASETS
         for split in SCHEMES
         for path in files_of_runs(
-            dataset, split, prediction_runs(dataset), "embed/predictions.h5ad"
+            dataset, split, prediction_runs(dataset, split), "embed/predictions.h5ad"
         )
     ]
 
@@ -261,7 +333,7 @@ def get_evaluated_folds(name):
     """Files of the splits that the model under test was evaluated on."""
     return lambda wildcards: [
         f"{fold_folder(wildcards.dataset, 'perturbation', fold)}/pair/{name}"
-        for fold in get_folds(wildcards.dataset)
+        for fold in get_folds(wildcards.dataset, "perturbation")
     ]
 
 
@@ -298,7 +370,7 @@ def get_predicting_model(wildcards):
 def predictions_asked():
     """Tables of predictions, where the config asks for any."""
     asked = DATASETS if CONFIG.predict is not None else []
-    return [f"results/{dataset}/predict/predictions.tsv" for dataset in asked]
+    return kept([f"results/{dataset}/predict/predictions.tsv" for dataset in asked])
 
 
 def require_predictions(wildcards):

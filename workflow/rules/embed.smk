@@ -68,6 +68,60 @@ rule references:
         "../scripts/references.py"
 
 
+rule user_predictions:
+    """Check predictions made elsewhere, and write them as the predictions of any model."""
+    input:
+        predictions=get_user_file,
+        cells="results/{dataset}/preprocess/cells.h5ad",
+        split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
+        info="results/{dataset}/{split}/fold{fold}/pair/split.json",
+        pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
+    output:
+        "results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/predictions.h5ad",
+    log:
+        "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/user_predictions.log",
+    wildcard_constraints:
+        model="|".join(user_models()) or "none",
+    conda:
+        "../../envs/evaluate.yaml"
+    threads: 1
+    params:
+        target_sum=lambda wildcards: CONFIG.settings(wildcards.dataset, "preprocess")[
+            "target_sum"
+        ],
+        distribution=lambda wildcards: CONFIG.settings(wildcards.dataset, "evaluate")[
+            "distribution"
+        ],
+        library=library("user_predictions"),
+    script:
+        "../scripts/user_predictions.py"
+
+
+rule representation:
+    """Compare the embedding with PCA and an untrained encoder, on cells that training never saw."""
+    input:
+        model="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/model.pt",
+        cells="results/{dataset}/preprocess/cells.h5ad",
+        split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
+        info="results/{dataset}/{split}/fold{fold}/pair/split.json",
+    output:
+        representation="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/representation.tsv",
+    log:
+        "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/representation.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/{split}/fold{fold}/{model}/seed{seed}/representation.tsv"
+    conda:
+        "../../envs/embed.yaml"
+    threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
+    resources:
+        gpu=train_gpus,
+    params:
+        device=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["device"],
+        library=library("representation"),
+    script:
+        "../scripts/representation.py"
+
+
 rule umap:
     """Lay the embedding out in two dimensions for the report."""
     input:

@@ -7,13 +7,15 @@ rule evaluate:
         cells="results/{dataset}/preprocess/cells.h5ad",
         splits=get_fold_files("pair/split.tsv"),
         split_infos=get_fold_files("pair/split.json"),
-        pairs=get_fold_files("pair/pairs.h5"),
+        pairs=get_pairs,
         predictions=get_predictions,
         gene_sets=get_pathways,
     output:
         metrics="results/{dataset}/{split}/evaluate/metrics.tsv",
         summary="results/{dataset}/{split}/evaluate/summary.tsv",
         enrichment="results/{dataset}/{split}/evaluate/enrichment.tsv",
+        strata="results/{dataset}/{split}/evaluate/strata.tsv",
+        trust="results/{dataset}/{split}/evaluate/trust.tsv",
         verdict="results/{dataset}/{split}/evaluate/verdict.json",
         truth="results/{dataset}/{split}/evaluate/observed.h5ad",
     log:
@@ -24,8 +26,10 @@ rule evaluate:
         "../../envs/evaluate.yaml"
     threads: 1
     params:
-        folds=lambda wildcards: get_folds(wildcards.dataset),
-        predictions=lambda wildcards: prediction_runs(wildcards.dataset),
+        folds=lambda wildcards: get_folds(wildcards.dataset, wildcards.split),
+        predictions=lambda wildcards: prediction_runs(
+            wildcards.dataset, wildcards.split
+        ),
         settings=settings_of("evaluate"),
         library=library("evaluate"),
     script:

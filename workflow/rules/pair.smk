@@ -2,9 +2,10 @@
 
 
 rule freeze_split:
-    """Deal the perturbations into folds and freeze what this fold holds out."""
+    """Decide what the fold holds out, by the scheme, and freeze it."""
     input:
         cells="results/{dataset}/preprocess/cells.h5ad",
+        listed=get_split_list,
     output:
         split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
         info="results/{dataset}/{split}/fold{fold}/pair/split.json",

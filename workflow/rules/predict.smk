@@ -8,6 +8,7 @@ rule predict:
         pairs="results/{dataset}/none/fold0/pair/pairs.h5",
         metrics="results/{dataset}/perturbation/evaluate/metrics.tsv",
         summary="results/{dataset}/perturbation/evaluate/summary.tsv",
+        trust="results/{dataset}/perturbation/evaluate/trust.tsv",
         splits=get_evaluated_folds("split.tsv"),
         infos=get_evaluated_folds("split.json"),
         requests=get_request_file,
@@ -26,7 +27,7 @@ rule predict:
     params:
         model=lambda wildcards: predicting_model(wildcards.dataset),
         seed=CONFIG.seeds[0],
-        folds=lambda wildcards: get_folds(wildcards.dataset),
+        folds=lambda wildcards: get_folds(wildcards.dataset, "perturbation"),
         predict=CONFIG.predict,
         settings=settings_of("evaluate"),
         device=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["device"],

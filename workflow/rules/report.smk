@@ -9,14 +9,17 @@ rule report:
         enrichment="results/{dataset}/{split}/evaluate/enrichment.tsv",
         verdict="results/{dataset}/{split}/evaluate/verdict.json",
         observed="results/{dataset}/{split}/evaluate/observed.h5ad",
+        strata="results/{dataset}/{split}/evaluate/strata.tsv",
+        trust="results/{dataset}/{split}/evaluate/trust.tsv",
         splits_info=get_fold_files("pair/split.json"),
         qc="results/{dataset}/preprocess/qc.tsv",
         perturbations="results/{dataset}/preprocess/perturbations.tsv",
-        coverage=get_fold_files("pair/coverage.tsv"),
+        coverage=get_coverage,
         predictions=get_predictions,
         histories=get_training("history.tsv"),
         train_metrics=get_training("metrics.json"),
         umap=get_maps,
+        representation=get_representation,
     output:
         html=report(
             "results/{dataset}/{split}/report.html",
@@ -56,8 +59,10 @@ rule report:
     params:
         dataset="{dataset}",
         split="{split}",
-        predictions=lambda wildcards: prediction_runs(wildcards.dataset),
-        histories=lambda wildcards: training_runs(wildcards.dataset),
+        predictions=lambda wildcards: prediction_runs(
+            wildcards.dataset, wildcards.split
+        ),
+        histories=lambda wildcards: shown_trainings(wildcards.dataset, wildcards.split),
         settings=lambda wildcards: CONFIG.resolved(wildcards.dataset),
         library=library("report"),
     script:

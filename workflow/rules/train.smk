@@ -35,6 +35,7 @@ rule baselines:
         split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
         info="results/{dataset}/{split}/fold{fold}/pair/split.json",
         pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
+        responses=[],
     output:
         expand(
             "results/{{dataset}}/{{split}}/fold{{fold}}/{model}/seed0/embed/predictions.h5ad",
@@ -49,12 +50,36 @@ rule baselines:
     threads: 1
     params:
         models=baseline_models(),
+        responses=[],
         settings=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")[
             "baselines"
         ],
         library=library("baselines"),
     script:
         "../scripts/baselines.py"
+
+
+# A job of its own, since only some datasets name another screen.
+use rule baselines as other_screen with:
+    input:
+        cells="results/{dataset}/preprocess/cells.h5ad",
+        split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
+        info="results/{dataset}/{split}/fold{fold}/pair/split.json",
+        pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
+        responses=get_responses,
+    output:
+        f"results/{{dataset}}/{{split}}/fold{{fold}}/{OTHER_SCREEN}/seed0/embed/predictions.h5ad",
+    log:
+        "logs/{dataset}/{split}/fold{fold}/other_screen.log",
+    benchmark:
+        "logs/benchmarks/{dataset}/{split}/fold{fold}/other_screen.tsv"
+    params:
+        models=[OTHER_SCREEN],
+        responses=lambda wildcards: CONFIG.source(wildcards.dataset).responses,
+        settings=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")[
+            "baselines"
+        ],
+        library=library("baselines"),
 
 
 rule heads:

@@ -11,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.baselines import fit_baselines
 from biojepa.logs import log_to
-from biojepa.pairs import read_pairs
+from biojepa.pairs import declare_use, read_pairs, trainable_labels, validation_labels
 from biojepa.predictions import cells_per_label, predicted_rows, write_predictions
 from biojepa.provenance import environment
-from biojepa.splits import read_split, require_same_split
+from biojepa.responses import read_other_screens
+from biojepa.splits import read_facts, read_split, require_same_split
 
 
 def main(snakemake) -> None:
@@ -23,9 +24,12 @@ def main(snakemake) -> None:
     require_same_split(pairs.facts, snakemake.input.split, snakemake.input.pairs)
     names, settings = snakemake.params.models, snakemake.params.settings
     rows = predicted_rows(split)
-    n_cells = cells_per_label(snakemake.input.cells)
+    n_cells = cells_per_label(snakemake.input.cells, read_facts(snakemake.input.split))
     _, control = pairs.pseudobulk()
-    fitted = fit_baselines(pairs, names, settings["neighbours"], settings["seed"])
+    others = dict(zip(snakemake.params.responses, snakemake.input.responses, strict=True))
+    screens = read_other_screens(snakemake.input.cells, others)
+    fitted = fit_baselines(pairs, names, settings["neighbours"], settings["seed"], screens)
+    used = declare_use(pairs, trainable_labels(pairs), validation_labels(pairs))
     for name, path in zip(names, snakemake.output, strict=True):
         prediction = fitted[name]
         write_predictions(
@@ -36,7 +40,7 @@ def main(snakemake) -> None:
             n_cells,
             pairs.genes,
             (control + prediction.delta[rows]).clip(min=0),  # a mean of log1p values cannot be negative
-            provenance={**environment(), "model": name, **pairs.facts},
+            provenance={**environment(), "model": name, **pairs.facts, **used},
             sd=None if prediction.sd is None else prediction.sd[rows],
         )
 

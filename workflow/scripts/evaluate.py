@@ -64,6 +64,8 @@ def write(result: EvaluationResult, output: Any) -> None:
     write_tsv(result.metrics, output.metrics)
     write_tsv(result.summary, output.summary)
     write_tsv(result.enrichment, output.enrichment)
+    write_tsv(result.strata, output.strata)
+    write_tsv(result.trust, output.trust)
     write_json(result.verdict, output.verdict)
     with atomic_path(output.truth) as temporary:
         result.observed.write_h5ad(temporary, compression="gzip")

@@ -15,10 +15,10 @@ import torch
 from biojepa.heads import fit_heads
 from biojepa.logs import log_to
 from biojepa.models import HEAD_MODELS
-from biojepa.pairs import read_pairs
+from biojepa.pairs import declare_use, read_pairs, trainable_labels
 from biojepa.predictions import cells_per_label, predicted_rows, write_predictions
 from biojepa.provenance import environment
-from biojepa.splits import read_split, require_same_split
+from biojepa.splits import read_facts, read_split, require_same_split
 from biojepa.training import load_model
 from biojepa.training.optimization import choose_device
 
@@ -39,7 +39,7 @@ def main(snakemake) -> None:
     seed = int(snakemake.wildcards.seed)
     fitted = fit_heads(models, pairs, params.models, params.neighbours, seed)
     rows = predicted_rows(split)
-    n_cells = cells_per_label(source.cells)
+    n_cells = cells_per_label(source.cells, read_facts(source.split))
     for name, path in zip(params.models, snakemake.output, strict=True):
         prediction = fitted[name]
         write_predictions(
@@ -53,6 +53,7 @@ def main(snakemake) -> None:
             provenance={
                 **environment(),
                 **pairs.facts,
+                **declare_use(pairs, trainable_labels(pairs), [], models[HEAD_MODELS[name].source].facts),
                 "model": name,
                 "embedding_of": HEAD_MODELS[name].source,
             },

@@ -3,7 +3,8 @@
 Question: what would this gene, or this combination, do to these cells, and should one believe it?
 Method: the model predicts mean log-expression from control cells and prior codes; perturbations are
 ranked by the length of the change (log1p units, L2 over genes). Trust is what the same model reached on
-held-out perturbations of the same kind in the scheme `perturbation`, over all its seeds.
+held-out perturbations of the same kind in the scheme `perturbation`, over all its seeds; the expected
+accuracy of each one is fitted on those, from its kind, nearest training gene and predicted effect.
 """
 
 import sys
@@ -13,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 import torch
 
+from biojepa.contracts import CATEGORY, PERTURBATION
 from biojepa.evaluation.settings import EvaluationSettings
+from biojepa.evaluation.trust import Expectation
 from biojepa.files import read_tsv, sha256_of, write_tsv
 from biojepa.logs import log_to
 from biojepa.pairs import read_pairs
@@ -42,6 +45,7 @@ def main(snakemake) -> None:
         read_requests(params.predict),
         held_out,
         settings.min_perturbations,
+        Expectation.of(read_tsv(source.trust, dtype={PERTURBATION: str, CATEGORY: str}), settings),
     )
     provenance = {
         **environment(),

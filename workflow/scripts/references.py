@@ -13,7 +13,7 @@ from biojepa.logs import log_to
 from biojepa.pairs import read_pairs
 from biojepa.predictions import cells_per_label, predicted_rows, write_predictions
 from biojepa.provenance import environment
-from biojepa.splits import read_split, require_same_split
+from biojepa.splits import read_facts, read_split, require_same_split
 
 
 def main(snakemake) -> None:
@@ -21,8 +21,9 @@ def main(snakemake) -> None:
     split, pairs = read_split(snakemake.input.split), read_pairs(snakemake.input.pairs)
     require_same_split(pairs.facts, snakemake.input.split, snakemake.input.pairs)
     rows, seed = predicted_rows(split), snakemake.params.half_seed
-    n_cells = cells_per_label(snakemake.input.cells)
-    for name, values in duplicates(snakemake.input.cells, split, rows, pairs.genes, seed).items():
+    facts = read_facts(snakemake.input.split)
+    n_cells = cells_per_label(snakemake.input.cells, facts)
+    for name, values in duplicates(snakemake.input.cells, split, rows, pairs.genes, seed, facts).items():
         provenance = {**environment(), "model": name, **pairs.facts, "half_seed": seed}
         write_predictions(snakemake.output[name], name, split, rows, n_cells, pairs.genes, values, provenance)
 

@@ -44,6 +44,9 @@ def main(snakemake) -> None:
         history_runs=[Run.of(record) for record in params.get("histories", [])],
         umaps=paths(source.get("umap", [])),
         coverage=paths(source.get("coverage", [])),
+        strata=next(iter(paths(source.get("strata", []))), None),
+        trust=next(iter(paths(source.get("trust", []))), None),
+        representation=paths(source.get("representation", [])),
     )
     inputs = read_report(
         files,

@@ -7,14 +7,17 @@ like: given the training perturbations of a fold, what is Δ of the others?
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from biojepa.contracts import GENE_SEPARATOR
+from biojepa.additive_network import fit_additive_network
+from biojepa.contracts import OTHER_SCREEN
+from biojepa.labels import genes_of, is_combination, perturbation_of
 from biojepa.linear import AdditiveKernelRidge, Components, bilinear, nearest_neighbours, ridge
-from biojepa.pairs import Pairs, refuse_leaked_pairs, trainable_labels
+from biojepa.other_screen import OtherScreen, predict_from_screens
+from biojepa.pairs import Pairs, refuse_leaked_pairs, trainable_labels, validation_labels
 
 log = logging.getLogger(__name__)
 
@@ -33,24 +36,38 @@ class TrainingData:
         ``(n,)`` positions of the training labels.
     delta
         ``(n, genes)`` their Δ against control.
+    validation, validation_delta
+        The same of the validation labels, for early stopping alone.
     neighbours
         For ``knn``.
     seed
-        For the randomized controls.
+        For the randomized controls, and the start of ``mlp``.
+    screens
+        Name to responses in another screen, for ``other_screen``.
     """
 
     pairs: Pairs
     train: np.ndarray
     delta: np.ndarray
+    validation: np.ndarray
+    validation_delta: np.ndarray
     neighbours: int = 5
     seed: int = 0
+    screens: Mapping[str, OtherScreen] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, pairs: Pairs, neighbours: int = 5, seed: int = 0) -> TrainingData:
-        """Take Δ of the training perturbations from ``pairs``."""
+    def of(
+        cls,
+        pairs: Pairs,
+        neighbours: int = 5,
+        seed: int = 0,
+        screens: Mapping[str, OtherScreen] | None = None,
+    ) -> TrainingData:
+        """Take Δ of the training and validation perturbations from ``pairs``."""
         means, control = pairs.pseudobulk()
-        train = trainable_labels(pairs)
-        return cls(pairs, train, means[train] - control, neighbours, seed)
+        train, validation = trainable_labels(pairs), validation_labels(pairs)
+        changes = means[train] - control, means[validation] - control
+        return cls(pairs, train, changes[0], validation, changes[1], neighbours, seed, screens or {})
 
     def features(self) -> np.ndarray:
         """Concatenate the prior codes of a label's genes, summed over its genes, ``(labels, dim)``.
@@ -66,7 +83,7 @@ class TrainingData:
     def target_columns(self, labels: np.ndarray) -> list[list[int]]:
         """Columns of the expression matrix that hold a label's target genes."""
         position = {gene: column for column, gene in enumerate(self.pairs.genes)}
-        names = [self.pairs.labels[label].split(GENE_SEPARATOR) for label in labels]
+        names = [genes_of(self.pairs.labels[label]) for label in labels]
         return [[position[gene] for gene in genes if gene in position] for genes in names]
 
 
@@ -100,7 +117,7 @@ def _target_only(data: TrainingData) -> Prediction:
 
 def _singles(data: TrainingData) -> dict[str, np.ndarray]:
     names = [data.pairs.labels[label] for label in data.train]
-    return {name: data.delta[i] for i, name in enumerate(names) if GENE_SEPARATOR not in name}
+    return {perturbation_of(name): data.delta[i] for i, name in enumerate(names) if not is_combination(name)}
 
 
 def _additive(data: TrainingData) -> Prediction:
@@ -111,13 +128,13 @@ def _additive(data: TrainingData) -> Prediction:
     singles, mean = _singles(data), data.delta.mean(axis=0)
     rows = []
     for label in data.pairs.labels:
-        known = [singles[gene] for gene in label.split(GENE_SEPARATOR) if gene in singles]
+        known = [singles[gene] for gene in genes_of(label) if gene in singles]
         rows.append(np.sum(known, axis=0) if known else mean)
     return Prediction(np.stack(rows))
 
 
 def _matching_mean(data: TrainingData) -> Prediction:
-    """Average the training perturbations that share a gene with the label (Systema's baseline)."""
+    """Average the training perturbations that share a gene with the label, after Systema's baseline."""
     membership = data.pairs.membership
     shared = membership @ membership[data.train].T > 0
     mean = data.delta.mean(axis=0)
@@ -128,10 +145,11 @@ def _linear(data: TrainingData) -> Prediction:
     """Bilinear model of Ahlmann-Eltze et al. on the measured target genes."""
     columns = data.target_columns(np.arange(len(data.pairs.labels)))
     delta, missing = bilinear(data.delta, [columns[label] for label in data.train], columns)
-    if missing:
-        log.info(
-            "linear: %d of %d perturbations have no measured target and get the mean", missing, len(columns)
-        )
+    log.info(
+        "linear: %d of %d perturbations have a measured target, the others get the mean",
+        len(columns) - missing,
+        len(columns),
+    )
     return Prediction(delta)
 
 
@@ -160,6 +178,20 @@ def _kernel_ridge(data: TrainingData) -> Prediction:
     return Prediction(model.predict(everything), model.standard_deviation(everything))
 
 
+def _mlp(data: TrainingData) -> Prediction:
+    """Additive network on the perturbed genes and all priors."""
+    pairs = data.pairs
+    known = (data.train, data.delta, data.validation, data.validation_delta)
+    return Prediction(fit_additive_network(pairs.membership, pairs.codes, *known, seed=data.seed))
+
+
+def _other_screen(data: TrainingData) -> Prediction:
+    """Take the responses of the same genes in other screens, scaled to this one."""
+    pairs = data.pairs
+    known = (pairs.membership, pairs.perturbed_genes, pairs.genes)
+    return Prediction(predict_from_screens(data.screens, *known, data.train, data.delta))
+
+
 def _shuffled_labels(data: TrainingData) -> Prediction:
     """Kernel ridge on training labels that were shuffled: what the pipeline scores without any signal."""
     order = np.random.default_rng(data.seed).permutation(len(data.train))
@@ -186,6 +218,8 @@ BASELINES: dict[str, Callable[[TrainingData], Prediction]] = {
     "knn": _knn,
     "shuffled_labels": _shuffled_labels,
     "random_codes": _random_codes,
+    "mlp": _mlp,
+    OTHER_SCREEN: _other_screen,
 }
 
 
@@ -208,14 +242,29 @@ def fit_linear_branch(pairs: Pairs, train: np.ndarray, targets: np.ndarray) -> A
 
 
 def fit_baselines(
-    pairs: Pairs, names: Sequence[str], neighbours: int = 5, seed: int = 0
+    pairs: Pairs,
+    names: Sequence[str],
+    neighbours: int = 5,
+    seed: int = 0,
+    screens: Mapping[str, OtherScreen] | None = None,
 ) -> dict[str, Prediction]:
     """Fit the named baselines and predict Δ of every label of ``pairs``, test ones included.
+
+    Parameters
+    ----------
+    pairs
+        The fold.
+    names
+        Baselines to fit.
+    neighbours, seed
+        As in :class:`TrainingData`.
+    screens
+        Name to responses in another screen; ``other_screen`` needs at least one.
 
     Raises
     ------
     ValueError
-        Naming an unknown baseline and those that exist.
+        Naming an unknown baseline and those that exist, or when ``other_screen`` has no other screen.
     LeakageError
         When ``pairs`` carries cells of a test perturbation.
     """
@@ -223,5 +272,7 @@ def fit_baselines(
     unknown = sorted(set(names) - set(BASELINES))
     if unknown:
         raise ValueError(f"unknown baselines {unknown}; there are {sorted(BASELINES)}")
-    data = TrainingData.of(pairs, neighbours, seed)
+    if OTHER_SCREEN in names and not screens:
+        raise ValueError(f"{OTHER_SCREEN} needs the responses of another screen, and none was given")
+    data = TrainingData.of(pairs, neighbours, seed, screens)
     return {name: BASELINES[name](data) for name in names}

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from biojepa.pairs import gene_moments, rows_of_matrix
-from biojepa.prior_names import COEXPRESSION
+from biojepa.prior_names import COEXPRESSION, TRAINING_CELLS
 from biojepa.priors import PriorSource
 
 OVERSAMPLED = 16
@@ -105,4 +105,4 @@ def coexpression_source(
         return loadings[[position[gene] for gene in genes]]
 
     remedy = "set pair.coexpression to false"
-    return PriorSource(COEXPRESSION, frozenset(position), rows, where, remedy=remedy)
+    return PriorSource(COEXPRESSION, frozenset(position), rows, where, remedy=remedy, kind=TRAINING_CELLS)

@@ -16,10 +16,13 @@ import jsonschema
 import pandas as pd
 import yaml
 
+from biojepa.contracts import NO_SPLIT, OTHER_SCREEN
 from biojepa.errors import InputError
+from biojepa.models import encoder_source, is_baseline, is_head, resolve_settings
 from biojepa.prediction_requests import ALL, read_requests
 from biojepa.prior_names import require_file_names
 from biojepa.sizes import with_named_sizes
+from biojepa.user_models import UserModel, unusable_names
 
 SIMULATOR = "simulator"
 DOWNLOADS = "resources/datasets"
@@ -186,6 +189,11 @@ class Config:
         return self.content["predict"]
 
     @property
+    def archived(self) -> bool:
+        """Whether results are an archive, from which reports are made again and nothing before them."""
+        return bool(self.content["archived"])
+
+    @property
     def schemes(self) -> list[str]:
         """Schemes of held-out perturbations."""
         return list(self.content["schemes"])
@@ -197,8 +205,31 @@ class Config:
 
     @property
     def models(self) -> list[str]:
-        """Models to fit and compare."""
-        return list(self.content["models"])
+        """Names of the models to compare, those made elsewhere included."""
+        return [entry if isinstance(entry, str) else entry["name"] for entry in self.content["models"]]
+
+    @cached_property
+    def user_models(self) -> dict[str, UserModel]:
+        """Models whose predictions were made elsewhere, by name."""
+        entries = [entry for entry in self.content["models"] if not isinstance(entry, str)]
+        return {entry["name"]: UserModel(entry["name"], entry["predictions"]) for entry in entries}
+
+    def user_files(self, model: str, dataset: str) -> list[str]:
+        """Files of predictions made elsewhere, of every scheme, fold and seed of a dataset."""
+        user = self.user_models[model]
+        return list(
+            dict.fromkeys(
+                user.path(dataset, scheme, fold, seed)
+                for scheme in self.schemes
+                for fold in self.folds(dataset, scheme)
+                for seed in user.seeds(self.seeds)
+            )
+        )
+
+    def simple_models(self, dataset: str) -> list[str]:
+        """List the simple models of a dataset; ``other_screen`` where its row names another screen."""
+        known = self.source(dataset).responses
+        return [m for m in self.models if is_baseline(m) and (known or m != OTHER_SCREEN)]
 
     def source(self, dataset: str) -> Source:
         """Row of a dataset."""
@@ -213,10 +244,17 @@ class Config:
         general = {key: self.content[key] for key in ("schemes", "predict", "folds", "seeds", "models")}
         return {**general, "source": dict(self.source(dataset).row), **self._resolved[dataset]}
 
-    def folds(self, dataset: str) -> list[int]:
-        """Folds to run."""
-        chosen = self.content["folds"]
-        return list(range(self.settings(dataset, "pair")["n_folds"])) if chosen is None else list(chosen)
+    def n_folds(self, dataset: str, scheme: str) -> int:
+        """Folds that a scheme has: one for each held-out context, one of a list and of ``none``."""
+        pair = self.settings(dataset, "pair")
+        if scheme == "context":
+            return len(pair["contexts"] or ())
+        return 1 if scheme in ("list", NO_SPLIT) else pair["n_folds"]
+
+    def folds(self, dataset: str, scheme: str) -> list[int]:
+        """Folds of a scheme to run: those of the key ``folds`` that it has, or all."""
+        n_folds, chosen = self.n_folds(dataset, scheme), self.content["folds"]
+        return [fold for fold in (range(n_folds) if chosen is None else chosen) if fold < n_folds]
 
     def pattern(self, kind: str) -> str:
         """Regular expression of the datasets that are ``simulated`` or ``downloaded``; matches none if so."""
@@ -273,25 +311,31 @@ def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """Yield what a schema cannot see."""
-    # Imported here: models.py reads contracts only, but config.py stands before both in the flow.
-    from biojepa.models import encoder_source, is_baseline, is_head, resolve_settings
-
+    yield from unusable_names(config.models, config.user_models)
     for model in config.models:
-        needed = None if is_baseline(model) else encoder_source(model)
+        needed = None if is_baseline(model) or model in config.user_models else encoder_source(model)
         if needed and needed not in config.models:
             yield f"config, models: {model} reuses the encoder of {needed}; add {needed} to the list"
+    if OTHER_SCREEN in config.models and not any(config.source(name).responses for name in config.datasets):
+        yield (
+            f"config, models: found {OTHER_SCREEN}, though no dataset of run names another screen. Fix: fill "
+            f"in the column responses of {config.content['datasets']}, or take {OTHER_SCREEN} out of the list"
+        )
     for dataset in config.datasets:
         tested = config.settings(dataset, "evaluate")["model"]
         if tested not in config.models:
             listed = ", ".join(config.models)
             yield f"config, evaluate.model: found {tested}; expected one of models: {listed}"
-        n_folds = config.settings(dataset, "pair")["n_folds"]
+        elif tested == OTHER_SCREEN and not config.source(dataset).responses:
+            yield (
+                f"{config.content['datasets']}, row {dataset}, column responses: found no other screen, "
+                f"though evaluate.model is {OTHER_SCREEN}. Fix: fill in the column, or test another model"
+            )
+        yield from _unusable_schemes(config, dataset)
         yield from _impossible_sizes(config.settings(dataset, "train"))
         yield from _unusable_address(config.source(dataset), config.content["datasets"])
-        high = [fold for fold in config.folds(dataset) if fold >= n_folds]
-        if high:
-            yield f"config, folds: found {high}; expected 0 to {n_folds - 1}, since pair.n_folds is {n_folds}"
-        for column, path in config.source(dataset).missing_files():
+        yield from _missing_predictions(config, dataset)
+        for column, path in () if config.archived else config.source(dataset).missing_files():
             yield (
                 f"{config.content['datasets']}, row {dataset}, column {column}: no file {path}. "
                 "Fix: correct the path, or set data_dir (snakemake --config data_dir=FOLDER)"
@@ -299,7 +343,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         if len(config.source(dataset).pathways) > 1:
             yield f"{config.content['datasets']}, row {dataset}, column pathways: expected one GMT file"
         yield from _same_screens(config, dataset)
-        untrained = is_baseline(tested) or is_head(tested)
+        untrained = is_baseline(tested) or is_head(tested) or tested in config.user_models
         if config.predict is not None and tested in config.models and untrained:
             yield (
                 f"config, predict: the model under test, evaluate.model, is {tested}; expected a trained "
@@ -315,12 +359,63 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{config.content['datasets']}, row {dataset}: {error}"
     for dataset in set(config.all_datasets) - set(config.datasets):
         yield from _unusable_address(config.source(dataset), config.content["datasets"])
-        for column, path in config.source(dataset).missing_files():
+        for column, path in () if config.archived else config.source(dataset).missing_files():
             yield f"{config.content['datasets']}, row {dataset}, column {column}: no file {path}"
+    if config.predict is not None and "perturbation" not in config.schemes:
+        yield (
+            f"config, predict: found schemes {config.schemes}; expected the scheme perturbation among them, "
+            "whose held-out perturbations say how far to trust a prediction"
+        )
     try:
         read_requests(config.predict)
     except InputError as error:
         yield str(error)
+
+
+def _missing_predictions(config: Config, dataset: str) -> Iterator[str]:
+    """Yield the files of predictions made elsewhere that should exist now and do not."""
+    for model in config.user_models.values():
+        missing = [path for path in config.user_files(model.name, dataset) if not Path(path).is_file()]
+        if missing and not config.archived:
+            listed = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if missing[10:] else "")
+            yield (
+                f"config, models, {model.name}: no file {listed}. Fix: write the predictions of every fold "
+                "there, or correct the path; {dataset}, {split}, {fold} and {seed} in it are filled in"
+            )
+
+
+def _unusable_schemes(config: Config, dataset: str) -> Iterator[str]:
+    """Yield schemes that lack what defines them, and folds that no scheme has."""
+    pair, chosen = config.settings(dataset, "pair"), config.content["folds"]
+    schemes = [scheme for scheme in config.schemes if scheme != "context" or pair["contexts"]]
+    if len(schemes) < len(config.schemes):
+        yield (
+            f"config, pair.contexts: found nothing, though the scheme context is asked of {dataset}; "
+            f"expected the contexts to hold out in turn, values of obs[{pair['context_column']!r}] in its "
+            "cells.h5ad, such as pair: {contexts: [K562, RPE1]}"
+        )
+    if "list" in config.schemes:
+        if pair["list"] is None:
+            yield (
+                f"config, pair.list: found nothing, though the scheme list is asked of {dataset}; expected "
+                "what to hold out, such as pair: {list: {test: [KLF1, GATA1+KLF1]}}, or a TSV with the "
+                "columns perturbation and set"
+            )
+        elif isinstance(pair["list"], str) and not Path(pair["list"]).is_file() and not config.archived:
+            yield f"config, pair.list: no file {pair['list']}. Fix: correct the path"
+    sizes = {scheme: config.n_folds(dataset, scheme) for scheme in schemes}
+    high = [fold for fold in chosen or () if sizes and fold >= max(sizes.values())]
+    if high:
+        most = max(sizes, key=lambda scheme: sizes[scheme])
+        why = "pair.n_folds is" if most not in ("context", "list") else f"the folds of the scheme {most} are"
+        yield f"config, folds: found {high}; expected 0 to {sizes[most] - 1}, since {why} {sizes[most]}"
+        return
+    for scheme, n_folds in sizes.items():
+        if not config.folds(dataset, scheme):
+            yield (
+                f"config, folds: found {list(chosen)}; expected a fold of the scheme {scheme} among them, "
+                f"0 to {n_folds - 1} of {dataset}"
+            )
 
 
 def _same_screens(config: Config, dataset: str) -> Iterator[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 CONTROL = "control"
 GENE_SEPARATOR = "+"
+# Joins a perturbation and the held-out context that its cells are in: ``KLF1+GATA1 @ K562``.
+CONTEXT_SEPARATOR = " @ "
 ALL_CONTEXTS = "all"
 
 # --- cells.h5ad, obs -------------------------------------------------------------------------
@@ -61,15 +63,44 @@ CATEGORY = "category"
 SPLIT_COLUMNS = (PERTURBATION, SET, CATEGORY, "n_genes_seen")
 # The scheme that holds nothing out, for a model that is applied to new perturbations.
 NO_SPLIT = "none"
-CATEGORIES = ("combo_seen2", "combo_seen1", "combo_seen0", "single_in_combo", "single")
+# The schemes that hold something out.
+SCHEMES = ("perturbation", "gene", "combination", "context", "list")
+OTHER_CONTEXT = "other_context"
+CATEGORIES = ("combo_seen2", "combo_seen1", "combo_seen0", "single_in_combo", "single", OTHER_CONTEXT)
+# Keys of split.json of the scheme context, beside CONTEXT itself: where contexts are found, and the labels
+# with too few cells to be used, with their number of cells.
+CONTEXT_COLUMN = "context_column"
+LEFT_OUT = "left_out"
+
+# Attribute of pairs.h5: JSON text, source to its kind and where it comes from.
+SOURCES = "sources"
 
 # --- embed/embeddings.h5ad, embed/predictions.h5ad ----------------------------------------------
+# Keys of the provenance of a model: labels that anything of it was fitted to, and labels by which it was
+# chosen or stopped.
+TRAINED_ON, SELECTED_ON = "trained_on", "selected_on"
 EMBEDDING = "X_biojepa"
 CONTEXT = "context"
 N_CELLS = "n_cells"
 PREDICTIONS_OBS = (PERTURBATION, CONTEXT, SET, N_CELLS)
 SD_LAYER = "sd"
+# uns: predicted single cells, X (cells, genes) CSR, and the row of the file that each belongs to.
+PREDICTED_CELLS = "predicted_cells"
 Z_PRED, Z_TRUE = "z_pred", "z_true"
+
+# --- embed/representation.tsv --------------------------------------------------------------------
+REPRESENTATION_COLUMNS = (
+    "model",
+    "fold",
+    "seed",
+    "embedding",
+    "metric",
+    "cells",
+    "n_cells",
+    "perturbation",
+    "value",
+    "chance",
+)
 
 # --- predict/predictions.tsv --------------------------------------------------------------------
 PREDICTED_COLUMNS = (
@@ -96,12 +127,18 @@ PREDICTED_COLUMNS = (
     "uninformed_gain",
     "uninformed_gain_ci_low",
     "uninformed_gain_ci_high",
+    "expected_accuracy",
+    "expected_low",
+    "expected_high",
+    "expected_from",
     "abstain",
     "trust",
 )
 
 # --- evaluate/*.tsv -----------------------------------------------------------------------------
 WHOLE_MODEL = "*"
+# Kinds of checks for leakage: comparisons that a leak of their kind cannot pass, and signs of a leak.
+EXACT, STATISTICAL = "exact", "statistical"
 ALL_CATEGORIES = "all"
 METRICS_COLUMNS = ("model", "fold", "seed", "perturbation", "category", "metric", "value")
 SUMMARY_COLUMNS = (
@@ -132,9 +169,48 @@ ENRICHMENT_COLUMNS = (
     "nes_true",
     "fdr_true",
 )
+# Scores by strata of the test perturbations.
+STRATA_COLUMNS = (
+    "property",
+    "stratum",
+    "lower",
+    "upper",
+    "model",
+    "metric",
+    "n",
+    "mean",
+    "ci_low",
+    "ci_high",
+    "gap_closed",
+    "gap_ci_low",
+    "gap_ci_high",
+    "best_baseline",
+    "difference",
+    "difference_ci_low",
+    "difference_ci_high",
+)
+# What was to be expected of the model under test before a perturbation was measured, and what it reached.
+TRUST_COLUMNS = (
+    PERTURBATION,
+    CATEGORY,
+    "n_genes_seen",
+    "nearest_training_gene",
+    "nearest_similarity",
+    "prior_coverage",
+    "predicted_effect",
+    "predicted_effect_sd",
+    "expected",
+    "low",
+    "high",
+    "guess",
+    "observed",
+)
 
 # --- values of the wildcard {model} ---------------------------------------------------------------
-LINEAR_BASELINES = (
+# Needs another screen, which not every dataset names.
+OTHER_SCREEN = "other_screen"
+# Fitted without a learned embedding, in one job.
+SIMPLE_MODELS = (
     "no_change",
     "mean",
     "target_only",
@@ -145,6 +221,8 @@ LINEAR_BASELINES = (
     "ridge",
     "kernel_ridge",
     "knn",
+    "mlp",
+    OTHER_SCREEN,
     "shuffled_labels",
     "random_codes",
 )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from biojepa.contracts import CONTROL, GENE_SEPARATOR
+from biojepa.contracts import ALL_CONTEXTS, CONTEXT_SEPARATOR, CONTROL, GENE_SEPARATOR
 from biojepa.errors import InputError
 
 # Names that published screens give to unperturbed cells, or with which they pad a single
@@ -67,7 +67,7 @@ def normalize_label(
     Raises
     ------
     InputError
-        When a gene holds the character that joins the genes of a combination here.
+        When a gene holds what joins the genes of a combination here, or a perturbation and its context.
     """
     if raw is None or (isinstance(raw, float) and np.isnan(raw)) or raw is pd.NA:
         return None
@@ -91,6 +91,14 @@ def normalize_label(
             f"{GENE_SEPARATOR!r} inside the gene name {joined[0]!r} (separator is {separator!r})",
             f"gene names without {GENE_SEPARATOR!r}, which joins the genes of a combination",
             f"set `separator` to {GENE_SEPARATOR!r}, or strip the extra text with `label_pattern`",
+        )
+    placed = [gene for gene in sorted(genes) if CONTEXT_SEPARATOR in gene]
+    if placed:
+        raise InputError(
+            f"perturbation label {whole!r}",
+            f"{CONTEXT_SEPARATOR!r} inside the gene name {placed[0]!r}",
+            f"gene names without {CONTEXT_SEPARATOR!r}, which joins a perturbation and its context",
+            "strip the extra text with `label_pattern`",
         )
     return GENE_SEPARATOR.join(sorted(genes)) if genes else CONTROL
 
@@ -125,5 +133,26 @@ def other_controls(raw: Iterable[object], controls: Sequence[str]) -> dict[str, 
 
 
 def genes_of(label: str) -> list[str]:
-    """Return the perturbed genes of a normalized label; none for the control."""
-    return [] if label == CONTROL else label.split(GENE_SEPARATOR)
+    """Return the perturbed genes of a normalized label, with or without a context; none for the control."""
+    perturbation = perturbation_of(label)
+    return [] if perturbation == CONTROL else perturbation.split(GENE_SEPARATOR)
+
+
+def is_combination(label: str) -> bool:
+    """Tell whether a normalized label perturbs more than one gene."""
+    return GENE_SEPARATOR in perturbation_of(label)
+
+
+def perturbation_of(label: str) -> str:
+    """Return a label without its context: ``A+B`` of ``A+B @ K562`` and of ``A+B``."""
+    return label.partition(CONTEXT_SEPARATOR)[0]
+
+
+def context_of(label: str) -> str:
+    """Return the context that a label names, ``all`` where it names none."""
+    return label.partition(CONTEXT_SEPARATOR)[2] or ALL_CONTEXTS
+
+
+def in_context(label: str, context: str) -> str:
+    """Write a label in a context: ``A+B @ K562``."""
+    return f"{label}{CONTEXT_SEPARATOR}{context}"

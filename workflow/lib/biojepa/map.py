@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from biojepa.contracts import BATCH, CONTROL, EMBEDDING, PERTURBATION, SET
-from biojepa.splits import read_split
+from biojepa.splits import cell_labels, read_facts, read_split
 
 
 def map_embedding(
@@ -20,7 +20,7 @@ def map_embedding(
     Returns
     -------
     Columns ``cell``, ``umap_1``, ``umap_2``, ``perturbation``, ``set`` (control, train, val, test),
-    ``batch``, in the order of the file.
+    ``batch``, in the order of the file; without the cells of labels that the fold leaves out.
     """
     # Imported here because numba takes seconds to start, and no other module needs it.
     import umap
@@ -35,14 +35,16 @@ def map_embedding(
     layout = umap.UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(
         shown.obsm[EMBEDDING]
     )
-    labels = shown.obs[PERTURBATION].astype(str)
-    return pd.DataFrame(
+    labels = pd.Series(cell_labels(shown.obs, read_facts(split_path)))
+    sets = labels.map(split).mask(labels == CONTROL, CONTROL)
+    table = pd.DataFrame(
         {
             "cell": shown.obs_names,
             "umap_1": layout[:, 0],
             "umap_2": layout[:, 1],
             PERTURBATION: labels.to_numpy(),
-            SET: labels.map(split).fillna(CONTROL).to_numpy(),
+            SET: sets.to_numpy(),
             BATCH: shown.obs[BATCH].astype(str).to_numpy(),
         }
     )
+    return table[sets.notna().to_numpy()]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from biojepa.contracts import LINEAR_BASELINES
+from biojepa.contracts import SIMPLE_MODELS
 
 # The three questions of the ablation, in the order of its table.
 HEADS = ("full", "ridge", "knn", "predictor")
@@ -92,8 +92,8 @@ REFERENCES = ("duplicate", "interpolated_duplicate")
 
 
 def is_baseline(model: str) -> bool:
-    """Whether the model is fitted together with the other simple ones."""
-    return model in LINEAR_BASELINES
+    """Whether the model is a simple one, fitted without a learned embedding."""
+    return model in SIMPLE_MODELS
 
 
 def is_head(model: str) -> bool:
@@ -103,7 +103,12 @@ def is_head(model: str) -> bool:
 
 def known_models() -> list[str]:
     """Names that the config may list under ``models``."""
-    return [*LINEAR_BASELINES, *LATENT_MODELS, *HEAD_MODELS]
+    return [*SIMPLE_MODELS, *LATENT_MODELS, *HEAD_MODELS]
+
+
+def reserved_names() -> set[str]:
+    """Names that predictions made elsewhere cannot have: models and references, and ``pair``, a folder."""
+    return {*known_models(), *REFERENCES, *ORACLES.values(), "pair"}
 
 
 def encoder_source(model: str) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,12 +17,18 @@ from anndata.io import read_elem
 from biojepa.coexpression import coexpression_source
 from biojepa.contracts import (
     BATCH,
+    CELL_TYPE,
+    CONTEXT,
+    CONTEXT_COLUMN,
     CONTROL,
     DOSE,
+    LEFT_OUT,
     LIBRARY_SIZE,
     NO_SPLIT,
     PERTURBATION,
     PERTURBATION_TYPE,
+    SCHEMES,
+    SOURCES,
     TEST,
     TRAIN,
     VAL,
@@ -39,14 +47,25 @@ from biojepa.priors import (
     require_differences,
 )
 from biojepa.responses import refuse_same_cells, response_source
-from biojepa.splits import (
+from biojepa.schemes import (
+    COMBINATION_PROTOCOLS,
+    HALF_OF_DOUBLES,
     MIN_PERTURBATIONS,
+    HeldOut,
+    no_split,
+    split_context,
+    split_genes,
+    split_listed,
+    split_perturbations,
+)
+from biojepa.splits import (
+    cell_contexts,
+    cell_labels,
     genes_of,
     labels_in,
-    no_split,
+    read_facts,
     read_split,
     refuse_held_out,
-    split_perturbations,
     write_split,
 )
 
@@ -61,7 +80,18 @@ class PairSettings:
     Attributes
     ----------
     n_folds
-        Folds that the perturbations are dealt into.
+        Folds of the schemes perturbation and gene, and draws of the scheme combination.
+    combination_protocol
+        What the scheme combination holds out, a key of :data:`~biojepa.schemes.COMBINATION_PROTOCOLS`.
+    context_column
+        Column of ``cells.h5ad`` whose values are the contexts of the scheme context.
+    contexts
+        Contexts that the scheme context holds out in turn, one fold each; needed for that scheme.
+    min_cells_in_context
+        Fewest cells of a perturbation in the held-out context, and in the others together, to be used.
+    list
+        What the scheme list holds out: ``test`` and, if not drawn, ``validation`` labels, or the path of a
+        TSV with the columns perturbation and set.
     validation_share
         Share of all perturbations that each fold keeps for selection and early stopping.
     seed
@@ -77,6 +107,11 @@ class PairSettings:
     """
 
     n_folds: int = 5
+    combination_protocol: str = HALF_OF_DOUBLES
+    context_column: str = CELL_TYPE
+    contexts: Sequence[str] | None = None
+    min_cells_in_context: int = 10
+    list: Mapping[str, Sequence[str]] | str | None = None
     validation_share: float = 0.1
     seed: int = 0
     n_genes: int = 5000
@@ -95,27 +130,73 @@ def freeze_split(
     Raises
     ------
     InputError
-        With too few perturbations to split.
+        With too few perturbations to split, or when the screen lacks what the scheme asks for.
+    ValueError
+        For an unknown scheme.
     """
     with h5py.File(cells_path, "r") as file:
-        labels = read_elem(file["obs"])[PERTURBATION].astype(str).unique()
+        obs = read_elem(file["obs"])
+    held_out, n_folds = _hold_out(obs, scheme, fold, settings, cells_path)
+    left_out = held_out.facts.get(LEFT_OUT)
+    if left_out:
+        log.warning(
+            "too few cells to be used: %s", ", ".join(f"{name} ({n})" for name, n in left_out.items())
+        )
+    write_split(
+        held_out.table,
+        path,
+        dataset=dataset,
+        scheme=scheme,
+        fold=fold,
+        n_folds=n_folds,
+        seed=settings.seed,
+        **held_out.facts,
+    )
+    return held_out.table
+
+
+def _hold_out(
+    obs: pd.DataFrame, scheme: str, fold: int, settings: PairSettings, where: str | Path
+) -> tuple[HeldOut, int]:
+    """Deal one fold of a scheme, and say how many folds it has."""
+    labels, share, seed = obs[PERTURBATION].astype(str).to_numpy(), settings.validation_share, settings.seed
+    if scheme == "gene":
+        return split_genes(labels, fold, settings.n_folds, share, seed, where), settings.n_folds
+    if scheme == "combination":
+        protocol = settings.combination_protocol
+        held_out = COMBINATION_PROTOCOLS[protocol](labels, fold, share, seed, where)
+        return HeldOut(held_out.table, {"protocol": protocol, **held_out.facts}), settings.n_folds
+    if scheme == "context":
+        column, contexts = settings.context_column, list(settings.contexts or ())
+        if column not in obs or not contexts:
+            raise InputError(
+                f"{where}, scheme context",
+                f"no column {column} in obs" if contexts else "no context to hold out",
+                "contexts in pair.contexts, and their column in the cells",
+                "name the contexts, and the column of the raw screen in the table of datasets",
+            )
+        context, fewest = obs[column].astype(str).to_numpy(), settings.min_cells_in_context
+        return split_context(labels, context, contexts, fold, column, fewest, share, seed, where), len(
+            contexts
+        )
+    if scheme == "list":
+        if settings.list is None:
+            raise InputError("config, pair.list", "nothing", "what to hold out", "see config/README.md")
+        return split_listed(labels, settings.list, share, seed, where), 1
+    if scheme not in (NO_SPLIT, "perturbation"):
+        raise ValueError(f"scheme is {scheme!r}; expected one of {', '.join((*SCHEMES, NO_SPLIT))}")
     n, n_folds = len(set(labels) - {CONTROL}), 1 if scheme == NO_SPLIT else settings.n_folds
     needed = 1 if scheme == NO_SPLIT else max(MIN_PERTURBATIONS, n_folds)
     if n < needed:
         raise InputError(
-            cells_path,
+            where,
             f"{n} perturbation(s) after quality control",
             f"at least {needed} for {n_folds} fold(s)",
             "lower preprocess.min_cells_per_perturbation or pair.n_folds; qc.tsv says what was removed",
         )
     if scheme == NO_SPLIT:
-        tables = [no_split(labels)]
-    else:
-        tables = split_perturbations(labels, n_folds, settings.validation_share, settings.seed)
-    write_split(
-        tables[fold], path, dataset=dataset, scheme=scheme, fold=fold, n_folds=n_folds, seed=settings.seed
-    )
-    return tables[fold]
+        return HeldOut(no_split(labels)), 1
+    return HeldOut(split_perturbations(labels, n_folds, share, seed)[fold]), n_folds
 
 
 def build_pairs(
@@ -161,7 +242,7 @@ def build_pairs(
     LeakageError
         When a test perturbation would reach the file, or another screen holds cells of this one.
     """
-    split = read_split(split_path)
+    split, held_out = read_split(split_path), read_facts(split_path)
     genes = sorted({gene for label in split[PERTURBATION] for gene in genes_of(label)})
     sources = read_sources(networks, gene_sets, gene_tables, settings.restart)
     for name, cells in (responses or {}).items():
@@ -177,7 +258,7 @@ def build_pairs(
     with h5py.File(cells_path, "r") as file:
         obs = read_elem(file["obs"])
         names = np.asarray(read_elem(file["var"]).index, dtype=str)
-        label = obs[PERTURBATION].astype(str).to_numpy()
+        label, context = cell_labels(obs, held_out), cell_contexts(obs, held_out)
         if not (label == CONTROL).any():
             raise InputError(
                 cells_path, "no control cell", f"cells labelled {CONTROL}", "rerun the preprocess stage"
@@ -198,7 +279,7 @@ def build_pairs(
             for source in sources
         }
         require_differences(sources, codes, genes)
-        types, design = _design(obs, split[PERTURBATION].tolist())
+        types, design = _design(obs, label, split[PERTURBATION].tolist())
         mean, variance = gene_moments(file["X"], training, len(names))
         columns = select_genes(mean, variance, settings.n_genes, np.isin(names, genes))
         position = {CONTROL: CONTROL_CODE} | {name: code for code, name in enumerate(split[PERTURBATION])}
@@ -207,11 +288,13 @@ def build_pairs(
         batch_names = sorted(batches.unique())
         batch = pd.Categorical(batches, categories=batch_names).codes.astype(np.int32)
         rng = np.random.default_rng([settings.seed, 1])
-        partner, orphans = match_controls(perturbation, batch, rng)
+        context_names, context_code = _context_codes(context, keep)
+        partner, orphans = match_controls(perturbation, batch, rng, context_code)
         if orphans:
             log.warning(
-                "no control cell in batch %s: their cells are paired with controls of all batches",
+                "no control cell in batch %s: their cells are paired with controls of all batches%s",
                 ", ".join(batch_names[code] for code in orphans),
+                "" if context_code is None else " of their context, or of all contexts where it has none",
             )
         with atomic_path(path) as temporary:
             write_pairs(
@@ -224,6 +307,7 @@ def build_pairs(
                     "batch": batch,
                     "log_library_size": np.log(obs.loc[keep, LIBRARY_SIZE].to_numpy(np.float32)),
                     "partner": partner,
+                    **({} if context_code is None else {"context": context_code}),
                 },
                 design=design,
                 names={
@@ -235,9 +319,10 @@ def build_pairs(
                     "categories": split["category"].tolist(),
                     "types": types,
                     "perturbed_genes": [*genes, *others],
+                    **({} if context_code is None else {"contexts": context_names}),
                 },
                 codes=codes,
-                facts=facts,
+                facts={**facts, **_context_facts(held_out), SOURCES: _origins(sources)},
             )
     log.info(
         "%d cells of %d training and %d validation perturbations, %d genes; %d perturbations held out",
@@ -259,6 +344,12 @@ def build_pairs(
     return covered
 
 
+def _origins(sources: Sequence[PriorSource]) -> str:
+    """Say what every source was made from, as JSON text; folders are left out, they differ by machine."""
+    origins = {source.name: {"kind": source.kind, "file": Path(source.where).name} for source in sources}
+    return json.dumps(origins, sort_keys=True)
+
+
 def _others(requests: Sequence[str] | str, sources: Sequence[PriorSource], genes: Sequence[str]) -> list[str]:
     """List the genes that are asked for, that a source knows and that are none of the screen's, sorted."""
     known = frozenset[str]().union(*(source.known for source in sources))
@@ -266,7 +357,22 @@ def _others(requests: Sequence[str] | str, sources: Sequence[PriorSource], genes
     return sorted((asked & known) - set(genes))
 
 
-def _design(obs: pd.DataFrame, labels: Sequence[str]) -> tuple[list[str], dict[str, np.ndarray]]:
+def _context_facts(held_out: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick what names the held-out context, where there is one."""
+    return {key: held_out[key] for key in (CONTEXT_COLUMN, CONTEXT) if key in held_out}
+
+
+def _context_codes(context: np.ndarray | None, keep: np.ndarray) -> tuple[list[str], np.ndarray | None]:
+    """Code the context of the kept cells; nothing where the fold holds out no context."""
+    if context is None:
+        return [], None
+    names = sorted(set(context[keep]))
+    return names, pd.Categorical(context[keep], categories=names).codes.astype(np.int32)
+
+
+def _design(
+    obs: pd.DataFrame, label_of_cell: np.ndarray, labels: Sequence[str]
+) -> tuple[list[str], dict[str, np.ndarray]]:
     """Take type and dose of every label from the screen's design, which is known before any cell is measured.
 
     The most common type of a label's cells (the first of them in the alphabet when tied), and their
@@ -274,7 +380,7 @@ def _design(obs: pd.DataFrame, labels: Sequence[str]) -> tuple[list[str], dict[s
     """
     kind = obs[PERTURBATION_TYPE].astype(str).to_numpy() if PERTURBATION_TYPE in obs else UNKNOWN_TYPE
     given = pd.to_numeric(obs[DOSE]).to_numpy(float) if DOSE in obs else np.nan
-    cells = pd.DataFrame({"label": obs[PERTURBATION].astype(str).to_numpy(), "type": kind, "dose": given})
+    cells = pd.DataFrame({"label": label_of_cell, "type": kind, "dose": given})
     rows = pd.Index(labels)
     common = pd.crosstab(cells["label"], cells["type"]).idxmax(axis=1).reindex(rows).astype(str)
     types = sorted(set(common.tolist()))

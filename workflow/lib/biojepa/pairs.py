@@ -15,8 +15,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from biojepa.contracts import CONTROL, GENE_SEPARATOR, TEST, TRAIN, VAL
+from biojepa.contracts import CONTEXT, SELECTED_ON, TEST, TRAIN, TRAINED_ON, VAL
 from biojepa.errors import InputError
+from biojepa.labels import genes_of
 from biojepa.splits import LeakageError
 
 CONTROL_CODE = -1
@@ -57,7 +58,11 @@ class Pairs:
     n_cells
         ``(labels,)`` cells in this file, 0 for test perturbations.
     facts
-        Attributes of the file: dataset, scheme, fold, seed, SHA-256 of the split, target sum.
+        Attributes of the file: dataset, scheme, fold, seed, SHA-256 of the split, target sum; in the scheme
+        context, the held-out context.
+    contexts, context
+        In the scheme context, names, and ``(cells,)`` position of each cell's in them; else empty and
+        ``None``.
     """
 
     genes: tuple[str, ...]
@@ -79,6 +84,8 @@ class Pairs:
     perturbed_genes: tuple[str, ...]
     codes: Mapping[str, np.ndarray]
     facts: Mapping[str, object]
+    contexts: tuple[str, ...] = ()
+    context: np.ndarray | None = None
 
     @property
     def n_cells(self) -> np.ndarray:
@@ -111,6 +118,8 @@ class Pairs:
     def pseudobulk(self) -> tuple[np.ndarray, np.ndarray]:
         """Average log-expression.
 
+        In the scheme context both are given as of the held-out context, see :meth:`in_held_out_context`.
+
         Returns
         -------
         means
@@ -126,7 +135,83 @@ class Pairs:
         counts = np.append((self.perturbation == CONTROL_CODE).sum(), self.n_cells).astype(float)
         with np.errstate(invalid="ignore"):
             means = sums / np.where(counts > 0, counts, np.nan)[:, None]
-        return means[1:], means[0]
+        if self.context is None:
+            return means[1:], means[0]
+        place = np.repeat(self.context_of_controls(), np.diff(self.indptr))
+        shape = (len(self.contexts) + 1, len(self.genes))
+        flat = place * shape[1] + self.indices
+        sums = np.bincount(flat, weights=self.data, minlength=shape[0] * shape[1]).reshape(shape)
+        return self.in_held_out_context(means[1:], sums[:-1])
+
+    def context_of_controls(self) -> np.ndarray:
+        """Position in ``contexts`` of each control cell, ``(cells,)``; their number for all other cells."""
+        if self.context is None:
+            raise ValueError("this fold holds out no context")
+        return np.where(self.perturbation == CONTROL_CODE, self.context, len(self.contexts)).astype(np.int64)
+
+    def in_held_out_context(
+        self, means: np.ndarray, control_sums: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Carry the changes that labels make in other contexts over to the held-out one.
+
+        Parameters
+        ----------
+        means
+            ``(labels, features)`` of the labels' cells, wherever these are.
+        control_sums
+            ``(contexts, features)`` sums over the control cells of each context.
+
+        Returns
+        -------
+        means
+            ``(labels, features)`` mean of the held-out context's controls, plus the difference of the
+            label's mean to the mean of the controls of the contexts that its cells are in, weighted by
+            these cells.
+        control
+            ``(features,)`` mean of the held-out context's controls.
+        """
+        if self.context is None:
+            raise ValueError("this fold holds out no context")
+        n_controls = np.bincount(self.context_of_controls(), minlength=len(self.contexts) + 1)[:-1]
+        # Control, -1, becomes row 0, which is left out.
+        flat = (self.perturbation.astype(np.int64) + 1) * len(self.contexts) + self.context
+        counts = np.bincount(flat, minlength=(len(self.labels) + 1) * len(self.contexts))
+        counts = counts.reshape(-1, len(self.contexts))[1:]
+        held_out = self.contexts.index(str(self.facts[CONTEXT]))
+        return relocate(means, counts, control_sums, n_controls, held_out)
+
+
+def relocate(
+    means: np.ndarray,
+    counts: np.ndarray,
+    control_sums: np.ndarray,
+    n_controls: np.ndarray,
+    held_out: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Give means as of one context: its controls plus what differs from the controls elsewhere.
+
+    Parameters
+    ----------
+    means
+        ``(labels, features)``; NaN for labels without cells.
+    counts
+        ``(labels, contexts)`` cells of each label in each context.
+    control_sums, n_controls
+        ``(contexts, features)`` sums over control cells, and their number ``(contexts,)``. A context
+        without control cells borrows those of all contexts.
+    held_out
+        The context.
+
+    Returns
+    -------
+    Relocated means ``(labels, features)``, and the mean of the controls ``(features,)``.
+    """
+    pooled = control_sums.sum(axis=0) / n_controls.sum()
+    controls = np.where(
+        n_controls[:, None] > 0, control_sums / np.maximum(n_controls, 1)[:, None], pooled[None]
+    )
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return means + (controls[held_out] - share @ controls), controls[held_out]
 
 
 def multi_hot(labels: Sequence[str], genes: Sequence[str]) -> np.ndarray:
@@ -134,10 +219,9 @@ def multi_hot(labels: Sequence[str], genes: Sequence[str]) -> np.ndarray:
     position = {gene: column for column, gene in enumerate(genes)}
     code = np.zeros((len(labels), len(genes)))
     for row, label in enumerate(labels):
-        if label != CONTROL:
-            for gene in label.split(GENE_SEPARATOR):
-                if gene in position:
-                    code[row, position[gene]] = 1.0
+        for gene in genes_of(label):
+            if gene in position:
+                code[row, position[gene]] = 1.0
     return code
 
 
@@ -154,15 +238,38 @@ def rows_of_matrix(
 
 def gene_moments(matrix: h5py.Group, keep: np.ndarray, n_genes: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of each gene over the cells marked in ``keep`` ``(cells,)``, in one pass."""
-    total, squares = np.zeros(n_genes), np.zeros(n_genes)
+    return gene_moments_of_groups(matrix, [keep], n_genes)[0]
+
+
+def gene_moments_of_groups(
+    matrix: h5py.Group, groups: Sequence[np.ndarray], n_genes: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Mean and variance of each gene over several groups of cells, which may overlap, in one pass.
+
+    Sums are taken in the same order whatever the other groups are, so that they agree to the last digit.
+
+    Parameters
+    ----------
+    matrix
+        CSR group of log-expression.
+    groups
+        One mask ``(cells,)`` for each group.
+    n_genes
+        Columns of the matrix.
+    """
+    totals, squares = np.zeros((2, len(groups), n_genes))
     for first, data, indices, indptr in rows_of_matrix(matrix):
-        wanted = np.repeat(keep[first : first + len(indptr) - 1], np.diff(indptr))
-        values = data[wanted].astype(np.float64)
-        total += np.bincount(indices[wanted], weights=values, minlength=n_genes)
-        squares += np.bincount(indices[wanted], weights=values**2, minlength=n_genes)
-    n = max(int(keep.sum()), 1)
-    mean = total / n
-    return mean, np.maximum(squares / n - mean**2, 0)
+        for place, keep in enumerate(groups):
+            wanted = np.repeat(keep[first : first + len(indptr) - 1], np.diff(indptr))
+            values = data[wanted].astype(np.float64)
+            totals[place] += np.bincount(indices[wanted], weights=values, minlength=n_genes)
+            squares[place] += np.bincount(indices[wanted], weights=values**2, minlength=n_genes)
+    moments = []
+    for keep, total, square in zip(groups, totals, squares, strict=True):
+        n = max(int(keep.sum()), 1)
+        mean = total / n
+        moments.append((mean, np.maximum(square / n - mean**2, 0)))
+    return moments
 
 
 def select_genes(
@@ -208,13 +315,16 @@ def select_genes(
 
 
 def match_controls(
-    perturbation: np.ndarray, batch: np.ndarray, rng: np.random.Generator
+    perturbation: np.ndarray,
+    batch: np.ndarray,
+    rng: np.random.Generator,
+    context: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[int]]:
-    """Draw for every cell a control cell of its own batch.
+    """Draw for every cell a control cell of its own batch, and of its own context where one is given.
 
     Parameters
     ----------
-    perturbation, batch
+    perturbation, batch, context
         ``(cells,)`` codes; control is -1.
 
     Returns
@@ -222,22 +332,27 @@ def match_controls(
     partner
         ``(cells,)`` position of a control. A control never gets itself where its batch has another.
     orphan_batches
-        Batches without any control, whose cells are matched to controls of all batches.
+        Batches without any control (of a context), whose cells are matched to controls of all batches: of
+        their context if it has any.
     """
     controls = np.flatnonzero(perturbation == CONTROL_CODE)
     partner = np.empty(len(perturbation), dtype=np.int32)
-    orphans = []
-    for code in np.unique(batch):
-        cells = np.flatnonzero(batch == code)
-        pool = controls[batch[controls] == code]
+    orphans: set[int] = set()
+    within = np.zeros(len(batch), dtype=np.int64) if context is None else context.astype(np.int64)
+    n_batches = int(batch.max(initial=0)) + 1
+    group = within * n_batches + batch
+    for code in np.unique(group):
+        cells = np.flatnonzero(group == code)
+        pool = controls[group[controls] == code]
         if not len(pool):
-            orphans.append(int(code))
-            pool = controls
+            orphans.add(int(code) % n_batches)
+            nearby = controls[within[controls] == code // n_batches]
+            pool = nearby if len(nearby) else controls
         place = rng.integers(len(pool), size=len(cells))
         own = pool[place] == cells
         place[own] = (place[own] + 1) % len(pool)
         partner[cells] = pool[place]
-    return partner, orphans
+    return partner, sorted(orphans)
 
 
 def write_pairs(
@@ -264,12 +379,13 @@ def write_pairs(
     columns
         Positions of the chosen genes.
     tables
-        ``perturbation``, ``batch``, ``log_library_size``, ``partner`` for the kept cells.
+        ``perturbation``, ``batch``, ``log_library_size``, ``partner`` and, where one is held out,
+        ``context`` for the kept cells.
     design
         ``type_code`` and ``dose`` of the labels.
     names
         ``genes``, ``cell_names``, ``batches``, ``labels``, ``sets``, ``categories``, ``types``,
-        ``perturbed_genes``.
+        ``perturbed_genes`` and, where one is held out, ``contexts``.
     codes, facts
         As in :class:`Pairs`.
     """
@@ -353,3 +469,33 @@ def trainable_labels(pairs: Pairs) -> np.ndarray:
 def validation_labels(pairs: Pairs) -> np.ndarray:
     """Positions of the validation labels that have cells."""
     return np.intersect1d(pairs.labels_of(VAL), np.flatnonzero(pairs.n_cells))
+
+
+def declare_use(
+    pairs: Pairs,
+    trained: Sequence[int] | np.ndarray,
+    selected: Sequence[int] | np.ndarray,
+    *earlier: Mapping[str, Any],
+) -> dict[str, list[str]]:
+    """Write down which labels a model has used, for the provenance of what it predicts.
+
+    Parameters
+    ----------
+    pairs
+        A fold.
+    trained
+        Positions of the labels that anything of the model was fitted to.
+    selected
+        Positions of the labels by which it was chosen or stopped.
+    earlier
+        Facts of the models that it took parts from, such as an encoder.
+
+    Returns
+    -------
+    Sorted labels by the keys that ``evaluate`` compares with ``split.tsv``.
+    """
+    used = {}
+    for key, labels in ((TRAINED_ON, trained), (SELECTED_ON, selected)):
+        own = {pairs.labels[label] for label in labels}
+        used[key] = sorted(own.union(*(facts.get(key, ()) for facts in earlier)))
+    return used

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,7 +27,24 @@ from biojepa.contracts import (
 from biojepa.errors import InputError
 from biojepa.evaluation.resampling import bootstrap_means, interval
 from biojepa.evaluation.settings import EvaluationSettings
+from biojepa.evaluation.trust import (
+    FROM_FEATURES,
+    FROM_KIND,
+    Expectation,
+    Kind,
+    effect_size_sds,
+    effect_sizes,
+)
 from biojepa.labels import genes_of
+from biojepa.neighbours import (
+    CodedGenes,
+    blocks,
+    coverage_share,
+    covered_genes,
+    covering_sources,
+    nearest_columns,
+    nearest_training_genes,
+)
 from biojepa.pairs import Pairs, multi_hot, trainable_labels
 from biojepa.prediction_requests import ALL
 from biojepa.splits import SeenGenes
@@ -39,10 +56,6 @@ MEASURED = "measured"
 """Category of a perturbation of the screen itself, which no category of unseen ones fits."""
 N_TOP = 10
 PREDICTED_AT_A_TIME = 256
-GENES_COMPARED_AT_A_TIME = 1024
-
-Kind = tuple[str, int]
-"""Category of a perturbation, and how many of its genes training had seen."""
 
 
 class PredictingModel(Protocol):
@@ -228,6 +241,7 @@ def predict_perturbations(
     requests: Sequence[str] | str,
     held_out: Mapping[Kind, HeldOut],
     min_perturbations: int = 8,
+    expectation: Expectation | None = None,
 ) -> Predictions:
     """Predict perturbations, rank them by effect size, and say of each how far to trust it.
 
@@ -247,6 +261,9 @@ def predict_perturbations(
         From :func:`held_out_accuracy`.
     min_perturbations
         Held-out perturbations of a kind below which nothing is claimed of the kind.
+    expectation
+        What accuracy to expect of a perturbation from what is known of it; None where too few were held
+        out to learn that.
 
     Raises
     ------
@@ -261,12 +278,13 @@ def predict_perturbations(
             f"the split {here} and the {len(pairs.perturbed_genes)} genes of pairs.h5",
             "rerun the train stage",
         )
+    on_file = pairs
     # What the model uses counts, whatever the file says: it may know no source, or have shuffled the codes.
     pairs = replace(pairs, codes={name: np.asarray(codes.cpu()) for name, codes in model.codes.items()})
     training = {pairs.labels[label] for label in trainable_labels(pairs)}
     seen = SeenGenes.of(training)
     trained = set(seen.counts)
-    covered = {name: _covered_genes(pairs, values) for name, values in pairs.codes.items()}
+    covered = covered_genes(pairs)
     coded = set().union(*covered.values())
     asked = sorted(coded) if isinstance(requests, str) and requests == ALL else list(requests)
     known = trained | coded
@@ -285,24 +303,28 @@ def predict_perturbations(
     )
     expression, sd = _expression(model, predicted)
     change = expression - np.asarray(model.control_expression.cpu(), dtype=np.float32)
-    size = np.linalg.norm(change, axis=1)
+    size = effect_sizes(change)
+    size_sd = np.full(len(size), np.nan) if sd is None else effect_size_sds(change, sd)
     order = np.argsort(-size, kind="stable")
+    kinds = [(MEASURED, 0) if label in training else seen.categorize(label) for label in predicted]
+    expected = _expected(expectation, _known_beforehand(on_file, predicted, kinds, trained, size, size_sd))
     rows = []
     for rank, place in enumerate(order, start=1):
-        label = predicted[place]
-        kind = (MEASURED, 0) if label in training else seen.categorize(label)
+        label, kind = predicted[place], kinds[place]
         rows.append(
             {
                 "rank": rank,
                 PERTURBATION: label,
                 CATEGORY: kind[0],
                 "effect_size": size[place],
-                "effect_size_sd": np.nan if sd is None else _size_sd(change[place], sd[place]),
+                "effect_size_sd": size_sd[place],
                 "top_up": _top(change[place], model.genes),
                 "top_down": _top(-change[place], model.genes, sign=-1),
-                **_nearest_columns(label, nearest),
+                **nearest_columns(label, nearest),
                 **_coverage_columns(label, covered),
-                **_trust_columns(kind[0], held_out.get(kind), min_perturbations),
+                **_with_expected(
+                    _trust_columns(kind[0], held_out.get(kind), min_perturbations), expected[place]
+                ),
             }
         )
     symbols = sorted({*pairs.perturbed_genes, *pairs.genes})
@@ -323,15 +345,11 @@ def predict_perturbations(
     return Predictions(table, model.genes, expression[order], None if sd is None else sd[order])
 
 
-def _covered_genes(pairs: Pairs, values: np.ndarray) -> set[str]:
-    return {pairs.perturbed_genes[row] for row in np.flatnonzero(values.any(axis=1))}
-
-
 def _expression(model: PredictingModel, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
     """Predict labels, a block at a time: with the codes of all genes, a multi-hot matrix is wide."""
     expression = np.zeros((len(labels), len(model.genes)), dtype=np.float32)
     sd: np.ndarray | None = None
-    for block in _blocks(len(labels), PREDICTED_AT_A_TIME):
+    for block in blocks(len(labels), PREDICTED_AT_A_TIME):
         membership = multi_hot(labels[block], model.perturbed_genes).astype(np.float32)
         mean, deviation, _ = model.predict_membership(membership)
         expression[block] = mean
@@ -341,70 +359,15 @@ def _expression(model: PredictingModel, labels: Sequence[str]) -> tuple[np.ndarr
     return expression, sd
 
 
-def _blocks(n: int, size: int) -> Iterator[slice]:
-    return (slice(first, min(first + size, n)) for first in range(0, n, size))
-
-
-def _size_sd(change: np.ndarray, sd: np.ndarray) -> float:
-    """Propagate the uncertainty of genes, taken as independent, to the length of a change, to first order."""
-    length = float(np.linalg.norm(change))
-    return float(np.linalg.norm(change * sd) / length) if length > 0 else math.nan
-
-
 def _top(change: np.ndarray, genes: Sequence[str], sign: int = 1) -> str:
     """Write down the genes with the largest positive ``change``, with ``sign`` as it was."""
     order = np.argsort(-change, kind="stable")[:N_TOP]
     return ";".join(f"{genes[gene]}:{sign * change[gene]:+.3g}" for gene in order if change[gene] > 0)
 
 
-def nearest_training_genes(pairs: Pairs, wanted: set[str], trained: set[str]) -> dict[str, tuple[str, float]]:
-    """Find the training gene whose prior codes are most like those of each gene.
-
-    Similarity is the product of codes, averaged over the sources that cover both genes: their cosine,
-    times the captured share for a gene outside the screen. A gene that training perturbed is its own
-    nearest, with similarity 1.
-
-    Returns
-    -------
-    Gene to its nearest and the similarity. A gene without a common source with any is left out.
-    """
-    position = {gene: row for row, gene in enumerate(pairs.perturbed_genes)}
-    nearest = {gene: (gene, 1.0) for gene in wanted & trained}
-    others = sorted(gene for gene in wanted - trained if gene in position)
-    known = sorted(trained)
-    if not others or not known or not pairs.codes:
-        return nearest
-    columns = [position[gene] for gene in known]
-    for block in _blocks(len(others), GENES_COMPARED_AT_A_TIME):
-        rows = [position[gene] for gene in others[block]]
-        total, count = np.zeros((2, len(rows), len(columns)))
-        for values in pairs.codes.values():
-            total += values[rows] @ values[columns].T
-            count += np.outer(values[rows].any(axis=1), values[columns].any(axis=1))
-        mean = np.divide(total, count, out=np.full(total.shape, -np.inf), where=count > 0)
-        for gene, similarity in zip(others[block], mean, strict=True):
-            best = int(similarity.argmax())
-            if np.isfinite(similarity[best]):
-                nearest[gene] = (known[best], float(similarity[best]))
-    return nearest
-
-
-def _nearest_columns(label: str, nearest: Mapping[str, tuple[str, float]]) -> dict[str, Any]:
-    """Nearest training gene of each gene of a label; similarity is that of its least known gene."""
-    found = [nearest.get(gene, ("", math.nan)) for gene in genes_of(label)]
-    similarity = min((value for _, value in found), default=math.nan)
-    if any(math.isnan(value) for _, value in found):
-        similarity = math.nan
-    return {
-        "nearest_training_gene": ";".join(name for name, _ in found),
-        "nearest_similarity": similarity,
-        "nearest_distance": 1 - similarity,
-    }
-
-
 def _coverage_columns(label: str, covered: Mapping[str, set[str]]) -> dict[str, str]:
     """Name the sources that cover every gene of a label."""
-    names = [name for name, genes in covered.items() if set(genes_of(label)) <= genes]
+    names = covering_sources(label, covered)
     return {"prior_coverage": f"{len(names)}/{len(covered)}", "prior_sources": ";".join(names)}
 
 
@@ -448,6 +411,65 @@ def _trust_columns(category: str, held_out: HeldOut | None, min_perturbations: i
         words = f"no better than the best simple model, {held_out.baseline}, {kind}, "
         words += f"but better than {held_out.uninformed}, which knows nothing of the perturbation"
     return {**numbers, "abstain": False, "trust": words}
+
+
+def _known_beforehand(
+    on_file: CodedGenes,
+    labels: Sequence[str],
+    kinds: Sequence[Kind],
+    trained: set[str],
+    size: np.ndarray,
+    size_sd: np.ndarray,
+) -> pd.DataFrame:
+    """Describe perturbations as ``trust.tsv`` describes held-out ones, by the codes of ``pairs.h5``.
+
+    Neighbours are those of the codes on file, as in ``evaluate``, and not those of the codes that the
+    model uses: the relation was fitted with them.
+    """
+    nearest = nearest_training_genes(on_file, {gene for label in labels for gene in genes_of(label)}, trained)
+    covered = covered_genes(on_file)
+    return pd.DataFrame(
+        {
+            PERTURBATION: labels,
+            CATEGORY: [category for category, _ in kinds],
+            "n_genes_seen": [n for _, n in kinds],
+            "nearest_similarity": [nearest_columns(label, nearest)["nearest_similarity"] for label in labels],
+            "prior_coverage": [coverage_share(label, covered) for label in labels],
+            "predicted_effect": size,
+            "predicted_effect_sd": size_sd,
+        }
+    )
+
+
+def _expected(expectation: Expectation | None, known: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the columns of expected accuracy for each perturbation, none where none was fitted."""
+    if expectation is None:
+        return [{} for _ in range(len(known))]
+    return [
+        {}
+        if pd.isna(row["expected"])
+        else {
+            "expected_accuracy": row["expected"],
+            "expected_low": row["low"],
+            "expected_high": row["high"],
+            "expected_from": expectation.source,
+        }
+        for row in expectation.columns(known).to_dict("records")
+    ]
+
+
+_EXPECTED_WORDS = {
+    FROM_FEATURES: "; its expected accuracy follows from its kind, neighbours and predicted effect",
+    FROM_KIND: "; its expected accuracy is the mean of the kind, since nothing else told good from bad "
+    "held-out predictions",
+}
+
+
+def _with_expected(said: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    """Add the expected accuracy to what is said of trust; in words where the prediction may be used."""
+    if expected and not said["abstain"]:
+        said = {**said, "trust": said["trust"] + _EXPECTED_WORDS[expected["expected_from"]]}
+    return {**said, **expected}
 
 
 def _suggestion(gene: str, symbols: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from biojepa.contracts import (
-    ALL_CONTEXTS,
     CONTEXT,
     EMBEDDING,
     N_CELLS,
     PERTURBATION,
+    PREDICTED_CELLS,
     SD_LAYER,
     SET,
     TEST,
@@ -26,6 +27,8 @@ from biojepa.contracts import (
     Z_TRUE,
 )
 from biojepa.files import atomic_path
+from biojepa.labels import context_of
+from biojepa.splits import cell_labels
 
 
 def predicted_rows(split: pd.DataFrame) -> np.ndarray:
@@ -45,6 +48,7 @@ def write_predictions(
     sd: np.ndarray | None = None,
     z_pred: np.ndarray | None = None,
     z_true: np.ndarray | None = None,
+    cells: tuple[Any, np.ndarray] | None = None,
 ) -> None:
     """Write predictions of one model.
 
@@ -66,12 +70,14 @@ def write_predictions(
         (rows, genes) standard deviation of that mean.
     z_pred, z_true
         (rows, D) pooled embedding, predicted and observed.
+    cells
+        Predicted single cells, CSR (cells, genes), and (cells,) the position in ``rows`` of their labels.
     """
     shown = split.iloc[rows]
     obs = pd.DataFrame(
         {
             PERTURBATION: shown[PERTURBATION].to_numpy(str),
-            CONTEXT: ALL_CONTEXTS,
+            CONTEXT: [context_of(label) for label in shown[PERTURBATION]],
             SET: shown[SET].to_numpy(str),
             N_CELLS: [int(n_cells.get(label, 0)) for label in shown[PERTURBATION]],
         },
@@ -82,6 +88,9 @@ def write_predictions(
     for slot, values in ((Z_PRED, z_pred), (Z_TRUE, z_true)):
         if values is not None:
             predictions.obsm[slot] = values.astype(np.float32)
+    if cells is not None:
+        predicted, owner = cells
+        predictions.uns[PREDICTED_CELLS] = {"X": predicted.astype(np.float32), "row": owner.astype(np.int32)}
     with atomic_path(path) as temporary:
         predictions.write_h5ad(temporary)
 
@@ -144,7 +153,8 @@ def write_embeddings(
         embeddings.write_h5ad(temporary)
 
 
-def cells_per_label(cells_path: str | Path) -> dict[str, int]:
-    """Count the cells of each perturbation in ``cells.h5ad``."""
+def cells_per_label(cells_path: str | Path, facts: Mapping[str, Any] | None = None) -> dict[str, int]:
+    """Count the cells of each perturbation in ``cells.h5ad``, as the fold of ``facts`` labels them."""
     with h5py.File(cells_path, "r") as file:
-        return ad.io.read_elem(file["obs"])[PERTURBATION].astype(str).value_counts().to_dict()
+        counts = Counter(cell_labels(ad.io.read_elem(file["obs"]), facts or {}).tolist())
+    return dict(counts)

@@ -12,6 +12,14 @@ from biojepa.errors import InputError
 
 SUFFIXES = (".gz", ".gmt", ".tsv", ".csv", ".txt")
 COEXPRESSION = "coexpression"
+# What a source was made from. The last two come from cells.
+KINDS = NETWORK, GENE_SETS, GENE_TABLE, OTHER_SCREEN_RESPONSES, TRAINING_CELLS = (
+    "network",
+    "gene sets",
+    "gene table",
+    "responses in another screen",
+    "co-expression in training cells",
+)
 RESPONSES = "responses_"
 # Columns of coverage.tsv beside those of the sources.
 COVERAGE_COLUMNS = ("gene", "n_sources", "consequence")

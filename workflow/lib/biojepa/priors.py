@@ -27,7 +27,7 @@ from scipy import sparse
 
 from biojepa.errors import InputError
 from biojepa.gene_sets import read_gene_sets
-from biojepa.prior_names import require_file_names, source_name
+from biojepa.prior_names import GENE_SETS, GENE_TABLE, NETWORK, require_file_names, source_name
 
 EDGE_COLUMNS = (("gene_a", "gene_b"), ("tf", "target"), ("source", "target"))
 WEIGHT_COLUMNS = ("weight", "score")
@@ -82,6 +82,8 @@ class PriorSource:
         Whether every feature is divided by its standard deviation first, because units may differ.
     quick_features
         ``features`` to single precision, for genes that are projected; None where that gains nothing.
+    kind
+        What it was made from, one of :data:`~biojepa.prior_names.KINDS`.
     """
 
     name: str
@@ -92,6 +94,7 @@ class PriorSource:
     standardized: bool = False
     remedy: str = "take it out of the dataset's row"
     quick_features: Callable[[Sequence[str]], np.ndarray] | None = None
+    kind: str = ""
 
     def codes(self, genes: Sequence[str], dim: int = 64, others: Sequence[str] = ()) -> GeneCodes:
         """Reduce the features to codes of at most ``dim`` dimensions.
@@ -291,7 +294,7 @@ def network_source(
         return np.sqrt(profile.T)
 
     quick = partial(profiles, walk=quick_walk)
-    return PriorSource(name, frozenset(nodes.tolist()), profiles, where, quick_features=quick)
+    return PriorSource(name, frozenset(nodes.tolist()), profiles, where, quick_features=quick, kind=NETWORK)
 
 
 def gene_set_source(name: str, sets: Mapping[str, Sequence[str]], where: str | Path = "") -> PriorSource:
@@ -308,7 +311,7 @@ def gene_set_source(name: str, sets: Mapping[str, Sequence[str]], where: str | P
             table[row, sets_of[gene]] = weight[sets_of[gene]]
         return _unit_rows(table)
 
-    return PriorSource(name, frozenset(sets_of), memberships, where)
+    return PriorSource(name, frozenset(sets_of), memberships, where, kind=GENE_SETS)
 
 
 def read_gene_table(path: str | Path) -> pd.DataFrame:
@@ -377,7 +380,9 @@ def gene_table_source(name: str, table: pd.DataFrame, where: str | Path = "") ->
     def rows(genes: Sequence[str]) -> np.ndarray:
         return table.loc[list(genes)].to_numpy(float)
 
-    return PriorSource(name, frozenset(table.index), rows, where, centred=True, standardized=True)
+    return PriorSource(
+        name, frozenset(table.index), rows, where, centred=True, standardized=True, kind=GENE_TABLE
+    )
 
 
 def read_sources(

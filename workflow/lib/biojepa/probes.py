@@ -56,20 +56,59 @@ def linear_probes(
             raise ValueError(f"{name} has shape {tuple(values.shape)}; expected {tuple(tokens.shape[:1])}")
     place = torch.linspace(0, len(tokens) - 1, min(MAX_CELLS, len(tokens)), device=tokens.device).long()
     classes, batch, z = classes[place], batch[place], _leading(tokens[place].flatten(1), MAX_DIMENSIONS)
+    found = probe_features(z, classes, batch, log_library[place])
+    if expression is not None:
+        perturbed = classes >= 0
+        components = _leading(expression[place], PCA_DIMENSIONS)
+        found["perturbation_pca"] = _discriminant_accuracy(components[perturbed], classes[perturbed])[0]
+    return found
+
+
+def probe_features(z: Tensor, classes: Tensor, batch: Tensor, log_library: Tensor) -> dict[str, float | None]:
+    """Probe features that are few already; see :func:`linear_probes`.
+
+    Parameters
+    ----------
+    z
+        (cells, dimensions) float64. The probes are fitted on the first, third, … cell and judged on the
+        others.
+    classes, batch, log_library
+        (cells,) as in :func:`linear_probes`.
+    """
     perturbed = classes >= 0
     named, chance = _discriminant_accuracy(z[perturbed], classes[perturbed])
     batches, batch_chance = _discriminant_accuracy(z, batch)
-    found: dict[str, float | None] = {
+    return {
         "perturbation": named,
         "perturbation_chance": chance,
         "batch": batches,
         "batch_chance": batch_chance,
-        "log_library_r2": _ridge_r2(z, log_library[place]),
+        "log_library_r2": _ridge_r2(z, log_library),
     }
-    if expression is not None:
-        components = _leading(expression[place], PCA_DIMENSIONS)
-        found["perturbation_pca"] = _discriminant_accuracy(components[perturbed], classes[perturbed])[0]
-    return found
+
+
+def principal_axes(x: Tensor, dimensions: int) -> Tensor:
+    """Leading principal axes of centred features (cells, features), (features, at most ``dimensions``).
+
+    They come from the smaller of the two Gram matrices, so that many features cost no more than many
+    cells. The largest weight of an axis is positive, and axes without variance are left out.
+    """
+    if x.shape[1] <= len(x):
+        values, vectors = torch.linalg.eigh(x.T @ x)
+        values, axes = values.flip(0)[:dimensions], vectors.flip(1)[:, :dimensions]
+        kept = _varying(values)
+        axes = axes[:, kept]
+    else:
+        values, left = torch.linalg.eigh(x @ x.T)
+        values, left = values.flip(0)[:dimensions], left.flip(1)[:, :dimensions]
+        kept = _varying(values)
+        axes = x.T @ (left[:, kept] / values[kept].sqrt())
+    largest = axes.abs().argmax(dim=0)
+    return axes * axes[largest, torch.arange(axes.shape[1], device=axes.device)].sign()
+
+
+def _varying(values: Tensor) -> Tensor:
+    return values > 1e-9 * values[0].clamp(min=1e-30)
 
 
 def _halves(cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -78,23 +117,12 @@ def _halves(cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _leading(x: Tensor, dimensions: int) -> Tensor:
-    """Principal components (cells, at most ``dimensions``) of features, the axes taken of the fitting half.
-
-    The axes come from the smaller of the two Gram matrices, so that many features cost no more than many
-    cells.
-    """
+    """Principal components (cells, at most ``dimensions``) of features; the axes are of the fitting half."""
     x = x.double()
     x = x - x[::2].mean(dim=0)
     if x.shape[1] <= dimensions:
         return x
-    fitted = x[::2]
-    if x.shape[1] <= len(fitted):
-        vectors = torch.linalg.eigh(fitted.T @ fitted)[1].flip(1)[:, :dimensions]
-        return x @ vectors
-    values, left = torch.linalg.eigh(fitted @ fitted.T)
-    values, left = values.flip(0)[:dimensions], left.flip(1)[:, :dimensions]
-    kept = values > 1e-9 * values[0].clamp(min=1e-30)
-    return x @ (fitted.T @ (left[:, kept] / values[kept].sqrt()))
+    return x @ principal_axes(x[::2], dimensions)
 
 
 def _discriminant_accuracy(z: Tensor, classes: Tensor) -> tuple[float | None, float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import h5py
@@ -12,8 +12,9 @@ from anndata.io import read_elem
 
 from biojepa.contracts import CONTROL, GENE_SEPARATOR, PERTURBATION
 from biojepa.errors import InputError
+from biojepa.other_screen import OtherScreen
 from biojepa.pairs import rows_of_matrix
-from biojepa.prior_names import RESPONSES
+from biojepa.prior_names import OTHER_SCREEN_RESPONSES, RESPONSES
 from biojepa.priors import PriorSource
 from biojepa.splits import LeakageError
 
@@ -63,6 +64,31 @@ def mean_responses(cells_path: str | Path) -> tuple[tuple[str, ...], np.ndarray]
     return tuple(names), means[1:] - means[0]
 
 
+def read_other_screens(cells_path: str | Path, others: Mapping[str, str | Path]) -> dict[str, OtherScreen]:
+    """Read what single perturbations change in other screens, for the baseline ``other_screen``.
+
+    Parameters
+    ----------
+    cells_path
+        ``cells.h5ad`` of this screen, read only to refuse its own cells among the others'.
+    others
+        Name of another screen to its ``cells.h5ad``; see :func:`mean_responses` for what it must hold.
+
+    Raises
+    ------
+    LeakageError
+        When another screen holds cells of this one.
+    """
+    screens = {}
+    for name, path in others.items():
+        refuse_same_cells(cells_path, path)
+        perturbed, changes = mean_responses(path)
+        with h5py.File(path, "r") as file:
+            measured = tuple(read_elem(file["var"]).index.astype(str))
+        screens[name] = OtherScreen(perturbed, measured, changes)
+    return screens
+
+
 def response_source(dataset: str, cells_path: str | Path) -> PriorSource:
     """Describe genes by their mean response in another screen, in its principal components.
 
@@ -82,7 +108,14 @@ def response_source(dataset: str, cells_path: str | Path) -> PriorSource:
     def rows(wanted: Sequence[str]) -> np.ndarray:
         return changes[[position[gene] for gene in wanted]]
 
-    return PriorSource(f"{RESPONSES}{dataset}", frozenset(genes), rows, cells_path, centred=True)
+    return PriorSource(
+        f"{RESPONSES}{dataset}",
+        frozenset(genes),
+        rows,
+        cells_path,
+        centred=True,
+        kind=OTHER_SCREEN_RESPONSES,
+    )
 
 
 def refuse_same_cells(cells_path: str | Path, other_path: str | Path) -> None:

@@ -1,7 +1,8 @@
-"""Decide which perturbations are held out, write it down once, and check it ever after.
+"""Write down once what a fold holds out, and check it ever after.
 
 The unit is the perturbation. ``split.tsv`` is the only truth on what is held out; ``split.json``
-beside it carries its SHA-256, which every later stage checks before it trusts the table.
+beside it carries its SHA-256, which every later stage checks before it trusts the table. How it is
+chosen: :mod:`biojepa.schemes`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import pandas as pd
 
 from biojepa.contracts import (
     CATEGORY,
+    CONTEXT,
+    CONTEXT_COLUMN,
     CONTROL,
-    GENE_SEPARATOR,
+    OTHER_CONTEXT,
     PERTURBATION,
     SET,
     SPLIT_COLUMNS,
@@ -29,9 +32,7 @@ from biojepa.contracts import (
 )
 from biojepa.errors import InputError, StoppedRun
 from biojepa.files import read_tsv, sha256_of, write_json, write_tsv
-from biojepa.labels import genes_of
-
-MIN_PERTURBATIONS = 6
+from biojepa.labels import genes_of, in_context, is_combination, perturbation_of
 
 
 class LeakageError(StoppedRun):
@@ -40,7 +41,7 @@ class LeakageError(StoppedRun):
 
 @dataclass(frozen=True)
 class SeenGenes:
-    """Genes that training perturbs.
+    """What training perturbs.
 
     Attributes
     ----------
@@ -48,17 +49,20 @@ class SeenGenes:
         Genes that are perturbed on their own.
     counts
         Gene to the training perturbations that carry it.
+    perturbations
+        All of them.
     """
 
     singles: frozenset[str]
     counts: Mapping[str, int]
+    perturbations: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, training: Iterable[str]) -> SeenGenes:
         """Collect the genes of training perturbations."""
-        names = set(training)
+        names = frozenset(training)
         counts = Counter(gene for name in names for gene in genes_of(name))
-        return cls(frozenset(name for name in names if GENE_SEPARATOR not in name), counts)
+        return cls(frozenset(name for name in names if not is_combination(name)), counts, names)
 
     def categorize(self, label: str) -> tuple[str, int]:
         """Say what training knows of a label's genes.
@@ -66,7 +70,8 @@ class SeenGenes:
         Returns
         -------
         category
-            ``combo_seen2`` when every partner is trained as a single, ``combo_seen1`` when some are,
+            ``other_context`` when the label names a context and training holds the same perturbation in
+            another; ``combo_seen2`` when every partner is trained as a single, ``combo_seen1`` when some are,
             ``combo_seen0`` when none is; ``single_in_combo`` when the gene occurs in a trained
             combination, ``single`` when training never perturbed it.
         n_genes_seen
@@ -74,96 +79,14 @@ class SeenGenes:
         """
         genes = genes_of(label)
         n_seen = sum(gene in self.counts for gene in genes)
+        if label != perturbation_of(label) and perturbation_of(label) in self.perturbations:
+            return OTHER_CONTEXT, n_seen
         if len(genes) == 1:
             return ("single_in_combo" if n_seen else "single"), n_seen
         n_singles = sum(gene in self.singles for gene in genes)
         if n_singles == len(genes):
             return "combo_seen2", n_seen
         return ("combo_seen1" if n_singles else "combo_seen0"), n_seen
-
-
-def split_perturbations(
-    labels: Iterable[str], n_folds: int = 5, validation_share: float = 0.1, seed: int = 0
-) -> list[pd.DataFrame]:
-    """Deal the perturbations into folds so that each is tested exactly once.
-
-    Singles and combinations are dealt separately, so that every fold tests both. Validation
-    perturbations are drawn from what a fold does not test, likewise from both.
-
-    Parameters
-    ----------
-    labels
-        Perturbations; control is ignored.
-    n_folds
-        Folds; each tests about ``1 / n_folds`` of the labels.
-    validation_share
-        Share of all labels that a fold keeps for selection and early stopping, at least one.
-    seed
-        Of the shuffle.
-
-    Returns
-    -------
-    One table per fold with the columns of ``contracts.SPLIT_COLUMNS``, sorted by label.
-
-    Raises
-    ------
-    ValueError
-        With fewer than six perturbations, or fewer than two folds, or more folds than labels.
-    """
-    names = sorted(set(labels) - {CONTROL})
-    if len(names) < MIN_PERTURBATIONS:
-        raise ValueError(
-            f"{len(names)} perturbations cannot be split into training, validation and test; "
-            f"at least {MIN_PERTURBATIONS} are needed"
-        )
-    if not 2 <= n_folds <= len(names):
-        raise ValueError(f"n_folds is {n_folds}; expected 2 to {len(names)}, the number of perturbations")
-    rng = np.random.default_rng(seed)
-    singles = [name for name in names if GENE_SEPARATOR not in name]
-    combinations = [name for name in names if GENE_SEPARATOR in name]
-    # One continued deal over both groups keeps the fold sizes within one of each other.
-    dealt = [str(name) for group in (singles, combinations) for name in rng.permutation(group)]
-    fold_of = {name: index % n_folds for index, name in enumerate(dealt)}
-
-    tables = []
-    for fold in range(n_folds):
-        rest = [name for name in dealt if fold_of[name] != fold]
-        n_validation = min(max(1, round(validation_share * len(names))), len(rest) - 2)
-        rest_singles = rng.permutation([name for name in rest if GENE_SEPARATOR not in name])
-        rest_combinations = rng.permutation([name for name in rest if GENE_SEPARATOR in name])
-        n_combinations = round(n_validation * len(rest_combinations) / len(rest))
-        validation = set(rest_combinations[:n_combinations]) | set(
-            rest_singles[: n_validation - n_combinations]
-        )
-        training = [name for name in rest if name not in validation]
-        tables.append(split_table(names, validation, {n for n in names if fold_of[n] == fold}, training))
-    return tables
-
-
-def no_split(labels: Iterable[str]) -> pd.DataFrame:
-    """Give every perturbation to training, for a model that is applied to perturbations outside the screen.
-
-    Nothing can be evaluated on such a split: what to expect of the model is what its like reached on
-    the held-out perturbations of another scheme.
-
-    Parameters
-    ----------
-    labels
-        Perturbations; control is ignored.
-
-    Returns
-    -------
-    One table with the columns of ``contracts.SPLIT_COLUMNS``, sorted by label.
-
-    Raises
-    ------
-    ValueError
-        Without any perturbation.
-    """
-    names = sorted(set(labels) - {CONTROL})
-    if not names:
-        raise ValueError("no perturbation to train on; at least one is needed")
-    return split_table(names, (), (), names)
 
 
 def split_table(
@@ -214,6 +137,43 @@ def read_split(path: str | Path, info: str | Path | None = None) -> pd.DataFrame
             path, f"columns {list(table.columns)}", f"{list(SPLIT_COLUMNS)}", "rerun the pair stage"
         )
     return table.fillna({CATEGORY: ""})
+
+
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """Read ``split.json`` beside a ``split.tsv``: what defines the fold."""
+    return json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def cell_contexts(obs: pd.DataFrame, facts: Mapping[str, Any]) -> np.ndarray | None:
+    """Return the context of each cell, (cells,) text; None for a fold that holds out no context.
+
+    Parameters
+    ----------
+    obs
+        Of ``cells.h5ad``.
+    facts
+        Of ``split.json``.
+    """
+    if CONTEXT not in facts:
+        return None
+    return obs[facts[CONTEXT_COLUMN]].astype(str).to_numpy()
+
+
+def cell_labels(obs: pd.DataFrame, facts: Mapping[str, Any]) -> np.ndarray:
+    """Return the perturbation of each cell as ``split.tsv`` of a fold spells it, (cells,) text.
+
+    Perturbed cells of a held-out context carry it in their label, ``A+B @ K562``, so that they are other
+    perturbations than those of the same genes elsewhere. Control stays control in every context.
+    """
+    label = obs[PERTURBATION].astype(str).to_numpy()
+    context = cell_contexts(obs, facts)
+    if context is None:
+        return label
+    held_out = (context == facts[CONTEXT]) & (label != CONTROL)
+    placed = {name: in_context(name, facts[CONTEXT]) for name in set(label[held_out])}
+    return np.array(
+        [placed[name] if out else name for name, out in zip(label, held_out, strict=True)], dtype=object
+    )
 
 
 def require_same_split(facts: Mapping[str, Any], path: str | Path, what: str | Path) -> None:

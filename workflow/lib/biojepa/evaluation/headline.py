@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from biojepa.evaluation.registry import cosine_rows, pearson_rows, register
+from biojepa.evaluation.registry import cosine_rows, pearson_rows, register, row_norms
 from biojepa.evaluation.truth import FoldTruth
+
+DRAWS_AT_ONCE = 256
 
 
 @register(
@@ -29,8 +31,9 @@ def pearson_delta_perturbed_mean(predicted: np.ndarray, truth: FoldTruth) -> np.
 )
 def weighted_r2_delta(predicted: np.ndarray, truth: FoldTruth) -> np.ndarray:
     """Score explained change; the mean baseline scores 0 and worse guesses go below."""
-    residual = (truth.weights * (predicted - truth.half_b) ** 2).sum(axis=1)
-    total = (truth.weights * truth.delta**2).sum(axis=1)
+    error = predicted - truth.half_b
+    residual = np.einsum("pg,pg,pg->p", truth.weights, error, error)
+    total = np.einsum("pg,pg,pg->p", truth.weights, truth.delta, truth.delta)
     ratio = np.divide(residual, total, out=np.full(len(total), np.nan), where=total > 0)
     return 1.0 - ratio
 
@@ -46,8 +49,8 @@ def rank_l2(predicted: np.ndarray, truth: FoldTruth) -> np.ndarray:
     """Rank a prediction's own truth among the fold's truths by Euclidean distance; chance is 0.5."""
     # Distances do not depend on the origin; centring keeps the products below from cancelling.
     guess, observed = predicted - truth.perturbed_mean, truth.delta
-    squares = (guess**2).sum(axis=1)[:, None] + (observed**2).sum(axis=1)[None] - 2.0 * guess @ observed.T
-    scale = (guess**2).sum(axis=1)[:, None] + (observed**2).sum(axis=1)[None]
+    scale = np.einsum("pg,pg->p", guess, guess)[:, None] + np.diagonal(truth.delta_gram)[None]
+    squares = scale - 2.0 * guess @ observed.T
     for row, columns in enumerate(truth.target_columns):
         squares[row] -= ((guess[row, columns] - observed[:, columns]) ** 2).sum(axis=1)
     return share_farther(squares, tolerance=1e-10 * scale.max(axis=1))
@@ -64,8 +67,8 @@ def rank_cosine(predicted: np.ndarray, truth: FoldTruth) -> np.ndarray:
     """Rank a prediction's own truth among the fold's truths by cosine of the changes; chance is 0.5."""
     guess, observed = predicted - truth.perturbed_mean, truth.delta
     product = guess @ observed.T
-    guess_square = (guess**2).sum(axis=1)
-    observed_square = np.tile((observed**2).sum(axis=1), (len(guess), 1))
+    guess_square = np.einsum("pg,pg->p", guess, guess)
+    observed_square = np.tile(np.diagonal(truth.delta_gram), (len(guess), 1))
     for row, columns in enumerate(truth.target_columns):
         product[row] -= observed[:, columns] @ guess[row, columns]
         guess_square[row] -= (guess[row, columns] ** 2).sum()
@@ -150,16 +153,25 @@ def spread_ratio(predicted: np.ndarray, truth: FoldTruth, weights: np.ndarray) -
 
     The spread of the truth includes sampling noise: read it against the duplicate.
     """
-    share = _shares(weights)
-    spreads = [_spread(values - truth.perturbed_mean, share) for values in (predicted, truth.half_b)]
+    share, change = _shares(weights), predicted - truth.perturbed_mean
+    spreads = [_spread(gram, share) for gram in (change @ change.T, truth.delta_gram)]
     defined = spreads[1] > truth.zero_norm
     return np.divide(spreads[0], spreads[1], out=np.full(len(share), np.nan), where=defined)
 
 
-def _spread(values: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Return the root of the summed variances over genes under each weighting, (draws,)."""
-    gram = values @ values.T
-    variance = share @ np.diagonal(gram) - np.einsum("dp,dp->d", share @ gram, share)
+def _spread(gram: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Return the root of the summed variances over genes under each weighting, (draws,).
+
+    ``gram`` holds the inner products of the changes, (perturbations, perturbations).
+    """
+    variance = share @ np.diagonal(gram)
+    for start in range(0, len(share), DRAWS_AT_ONCE):
+        # Neighbouring weightings are of one group of perturbations, often a small one.
+        rows = share[start : start + DRAWS_AT_ONCE]
+        used = np.flatnonzero((rows != 0).any(axis=0))
+        inside = rows[:, used]
+        square = np.einsum("dp,dp->d", inside @ gram[np.ix_(used, used)], inside)
+        variance[start : start + DRAWS_AT_ONCE] -= square
     return np.sqrt(np.maximum(variance, 0.0))
 
 
@@ -179,5 +191,4 @@ def _shares(weights: np.ndarray) -> np.ndarray:
 )
 def additive_l2_difference(predicted: np.ndarray, truth: FoldTruth) -> np.ndarray:
     """Compare the L2 error with the additive model's, paired; NaN where no additive model exists."""
-    own = np.linalg.norm(predicted - truth.half_b, axis=1)
-    return own - np.linalg.norm(truth.additive - truth.half_b, axis=1)
+    return row_norms(predicted - truth.half_b) - row_norms(truth.additive - truth.half_b)

@@ -1,20 +1,71 @@
-"""Check, cell by cell, that what training read holds nothing of a test perturbation."""
+"""Check, by name and by number, that what training read holds nothing of a test perturbation.
+
+These checks are exact: they compare files with each other, and a leak of their kind cannot pass. Signs of
+a leak in the prior codes, which no comparison of files can prove, are in
+:mod:`biojepa.evaluation.prior_leak`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import h5py
 import numpy as np
+import pandas as pd
 
-from biojepa.contracts import CONTROL, PERTURBATION, TEST
+from biojepa.contracts import (
+    CONTEXT_SEPARATOR,
+    CONTROL,
+    GENE_SEPARATOR,
+    POSITIVE_CONTROLS,
+    SELECTED_ON,
+    SET,
+    SOURCES,
+    TEST,
+    TRAIN,
+    TRAINED_ON,
+)
+from biojepa.errors import InputError
+from biojepa.evaluation.predictions import FROM_CELLS, PredictionFile
 from biojepa.evaluation.scoring import sentinel
 from biojepa.evaluation.splits import FoldSplit
-from biojepa.pairs import CONTROL_CODE
-from biojepa.splits import LeakageError, require_same_split
+from biojepa.labels import genes_of
+from biojepa.pairs import CONTROL_CODE, gene_moments_of_groups, select_genes
+from biojepa.splits import LeakageError, cell_labels, require_same_split
+
+_REMAKE = "Fix: delete pairs.h5 and rerun from the pair stage"
+
+
+def check_all(
+    pairs_paths: Sequence[str | Path], cells_path: str | Path, splits: Sequence[FoldSplit]
+) -> list[dict[str, Any]]:
+    """Run every check of ``pairs.h5`` for each fold; files in the order of the splits.
+
+    Raises
+    ------
+    LeakageError
+        See the single checks.
+    """
+    rows = []
+    for pairs_path, split in zip(pairs_paths, splits, strict=True):
+        rows += check_training_cells(pairs_path, cells_path, split)
+        rows += check_sets(pairs_path, split)
+    return [*rows, *check_gene_selection(pairs_paths, cells_path, splits), *check_origins(pairs_paths)]
+
+
+def unchecked() -> list[dict[str, Any]]:
+    """Say that what training read is not there to be checked."""
+    return [
+        sentinel(
+            "what training read: cells, genes, sets and prior codes",
+            None,
+            "no pairs.h5 of these folds; the predictions were made elsewhere, or the archive lacks it",
+        )
+    ]
 
 
 def check_training_cells(
@@ -43,21 +94,20 @@ def check_training_cells(
     require_same_split(facts, split.path, pairs_path)
     with h5py.File(cells_path, "r") as file:
         obs = ad.io.read_elem(file["obs"])
-    true = obs[PERTURBATION].astype(str).reindex(names)
+    true = pd.Series(cell_labels(obs, split.info), index=obs.index).reindex(names)
     held_out = true.isin(split.labels(TEST)).to_numpy()
     if held_out.any():
         cell = names[held_out][0]
         raise LeakageError(
             f"{pairs_path}: {held_out.sum()} cell(s) of test perturbations were read by training, such as "
-            f"{cell} of {true[cell]}. Fix: delete pairs.h5 and rerun from the pair stage"
+            f"{cell} of {true[cell]}. {_REMAKE}"
         )
     wrong = (true.to_numpy() != carried) | true.isna().to_numpy()
     if wrong.any():
         place = int(np.flatnonzero(wrong)[0])
         raise LeakageError(
             f"{pairs_path}: {wrong.sum()} cell(s) carry another label than in {cells_path}, such as "
-            f"{names[place]}: {carried[place]}, not {true.iloc[place]}. Fix: delete pairs.h5 and rerun from "
-            "the pair stage"
+            f"{names[place]}: {carried[place]}, not {true.iloc[place]}. {_REMAKE}"
         )
     return [
         sentinel(
@@ -69,11 +119,182 @@ def check_training_cells(
     ]
 
 
-def check_all(
+def check_sets(pairs_path: str | Path, split: FoldSplit) -> list[dict[str, Any]]:
+    """Compare the sets in ``pairs.h5``, which decide what trains and what stops, with ``split.tsv``.
+
+    Raises
+    ------
+    LeakageError
+        Naming a label that is in another set, or in one of the two files alone.
+    """
+    with h5py.File(pairs_path, "r") as file:
+        carried = pd.Series(file["names/sets"].asstr()[:], index=file["names/labels"].asstr()[:])
+    frozen = split.table[SET]
+    labels = frozen.index.union(carried.index)
+    there, here = carried.reindex(labels), frozen.reindex(labels)
+    wrong = labels[(there != here).to_numpy()]
+    if len(wrong):
+        label = next((name for name in wrong if here[name] == TEST), wrong[0])
+        raise LeakageError(
+            f"{pairs_path}: {len(wrong)} perturbation(s) are in another set than in {split.path}, such as "
+            f"{label}: {there[label]}, not {here[label]}; early stopping and selection would use it so. "
+            f"{_REMAKE}"
+        )
+    counts = frozen.value_counts()
+    return [
+        sentinel(
+            f"fold {split.fold}: training, early stopping and selection have the sets of split.tsv",
+            True,
+            ", ".join(f"{counts.get(name, 0)} {name}" for name in ("train", "val", "test")),
+        )
+    ]
+
+
+def check_gene_selection(
     pairs_paths: Sequence[str | Path], cells_path: str | Path, splits: Sequence[FoldSplit]
 ) -> list[dict[str, Any]]:
-    """Run :func:`check_training_cells` for each fold; files in the order of the splits."""
-    checks = zip(pairs_paths, splits, strict=True)
+    """Choose each fold's genes again, on its training cells and controls, and compare with ``pairs.h5``.
+
+    One pass over the cells for all folds; none where every gene was kept.
+
+    Raises
+    ------
+    LeakageError
+        Naming genes that the training cells do not choose, or choose and the file lacks.
+    """
+    with h5py.File(cells_path, "r") as file:
+        obs = ad.io.read_elem(file["obs"])
+        measured = np.asarray(ad.io.read_elem(file["var"]).index, dtype=str)
+        found = {}
+        for pairs_path, split in zip(pairs_paths, splits, strict=True):
+            with h5py.File(pairs_path, "r") as pairs:
+                found[split.fold] = pairs["names/genes"].asstr()[:]
+        chosen = [
+            (path, split)
+            for path, split in zip(pairs_paths, splits, strict=True)
+            if set(found[split.fold]) != set(measured)
+        ]
+        masks = [
+            np.isin(cell_labels(obs, split.info), [*split.labels(TRAIN), CONTROL]) for _, split in chosen
+        ]
+        moments = gene_moments_of_groups(file["X"], masks, len(measured)) if chosen else []
+    for (path, split), (mean, variance) in zip(chosen, moments, strict=True):
+        perturbed = {gene for label in split.table.index for gene in genes_of(label)}
+        genes = found[split.fold]
+        own = measured[select_genes(mean, variance, len(genes), np.isin(measured, sorted(perturbed)))]
+        extra, lost = sorted(set(genes) - set(own)), sorted(set(own) - set(genes))
+        if extra or lost:
+            raise LeakageError(
+                f"{path}: its {len(genes)} genes are not those that the training cells of {split.path} "
+                f"choose: {len(extra)} in excess ({', '.join(extra[:5])}), {len(lost)} missing "
+                f"({', '.join(lost[:5])}), so that other cells had a say. {_REMAKE}"
+            )
+    counts = ", ".join(f"fold {fold}: {len(genes)}" for fold, genes in found.items())
+    kept = len(splits) - len(chosen)
+    detail = f"genes: {counts}, of {len(measured)}"
+    if kept:
+        detail += f"; {kept} of {len(splits)} folds keep every gene, so that nothing was chosen there"
     return [
-        row for pairs_path, split in checks for row in check_training_cells(pairs_path, cells_path, split)
+        sentinel(
+            "the genes are those that training cells and controls alone choose, chosen again", True, detail
+        )
     ]
+
+
+def check_origins(pairs_paths: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Say what the prior codes of every fold were made from; nothing is known of files without the record.
+
+    That responses in another screen come from other cells is checked, cell by cell, when ``pairs.h5`` is
+    made; what the author of a network or a table made it from, no file says.
+    """
+    kinds: dict[str, str] = {}
+    for path in pairs_paths:
+        with h5py.File(path, "r") as file:
+            origins = json.loads(file.attrs.get(SOURCES, "{}"))
+            for name in file.get("codes", {}):
+                kinds[name] = origins.get(name, {}).get("kind", "")
+    if not kinds:
+        return [sentinel("prior codes: none", True, "this dataset names no prior source")]
+    unknown = [name for name, kind in kinds.items() if not kind]
+    return [
+        sentinel(
+            "prior codes: it is on record what every source was read from",
+            None if unknown else True,
+            "; ".join(f"{name}: {kind or 'not recorded'}" for name, kind in sorted(kinds.items())),
+        )
+    ]
+
+
+def check_declared(files: Iterable[PredictionFile], split: FoldSplit) -> list[dict[str, Any]]:
+    """Compare what the models of a fold say they were trained and selected on with what it tests.
+
+    Positive controls see test cells on purpose and are left out.
+
+    Returns
+    -------
+    The outcome; models that say nothing are named in a line of their own, which is neither passed nor
+    failed.
+
+    Raises
+    ------
+    LeakageError
+        Naming the model's file and a test perturbation that trained it, or by which it was selected.
+    """
+    tested, declared, silent = set(split.labels(TEST)), 0, set()
+    counts: dict[str, int] = {TRAINED_ON: 0, SELECTED_ON: 0}
+    for file in files:
+        if file.path == FROM_CELLS or file.model in POSITIVE_CONTROLS:
+            continue
+        provenance = _provenance(file.path)
+        if TRAINED_ON not in provenance:
+            silent.add(file.model)
+            continue
+        declared += 1
+        for key, what in ((TRAINED_ON, "was trained on"), (SELECTED_ON, "was selected or stopped by")):
+            labels = _labels(provenance.get(key, []), f"{file.path}, uns['provenance'], {key}")
+            leaked = sorted(tested & labels)
+            if leaked:
+                raise LeakageError(
+                    f"{file.path}: {file.model} {what} {len(leaked)} test perturbation(s) of {split.path}: "
+                    f"{', '.join(leaked[:10])}. Fix: train it on this split"
+                )
+            counts[key] = max(counts[key], len(labels))
+    rows = []
+    if declared:
+        rows.append(
+            sentinel(
+                f"fold {split.fold}: no model was trained, stopped or selected on a test perturbation, "
+                "as far as they declare",
+                True,
+                f"{declared} files; trained on at most {counts[TRAINED_ON]} perturbations and selected by at "
+                f"most {counts[SELECTED_ON]}, none of the {len(tested)} that are tested",
+            )
+        )
+    if silent:
+        rows.append(
+            sentinel(
+                f"fold {split.fold}: what trained these models is not declared",
+                None,
+                f"{', '.join(sorted(silent))}; their files hold no list {TRAINED_ON!r} in uns['provenance']",
+            )
+        )
+    return rows
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    """Read ``uns["provenance"]`` of a predictions file; empty where there is none."""
+    with h5py.File(path, "r") as file:
+        stored = ad.io.read_elem(file["uns/provenance"]) if "uns/provenance" in file else "{}"
+    content = json.loads(str(stored))
+    return content if isinstance(content, dict) else {}
+
+
+def _labels(values: Any, where: str) -> set[str]:
+    """Spell declared labels as ``split.tsv`` does: the genes of a combination sorted."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise InputError(where, repr(values)[:80], "a list of perturbations", "write a list of labels")
+    spelled = set()
+    for value in values:
+        label, separator, context = value.partition(CONTEXT_SEPARATOR)
+        spelled.add(GENE_SEPARATOR.join(sorted(label.split(GENE_SEPARATOR))) + separator + context)
+    return spelled

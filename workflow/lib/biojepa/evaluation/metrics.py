@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from biojepa.evaluation import differential, headline, legacy, uncertainty
+from biojepa.evaluation import differential, headline, interaction, legacy, uncertainty
+from biojepa.evaluation.distribution import DISTRIBUTION_METRICS
 from biojepa.evaluation.registry import REGISTERED, Metric, Role
 
 __all__ = ["METRICS", "PATHWAY_CORRELATION", "Metric", "Role", "all_metrics"]
@@ -18,7 +19,7 @@ __all__ = ["METRICS", "PATHWAY_CORRELATION", "Metric", "Role", "all_metrics"]
 # The order of the tables and figures.
 METRICS: dict[str, Metric] = {
     name: metric
-    for module in (headline, differential, uncertainty, legacy)
+    for module in (headline, interaction, differential, uncertainty, legacy)
     for name, metric in REGISTERED.items()
     if metric.score.__module__ == module.__name__
 }
@@ -36,5 +37,5 @@ PATHWAY_CORRELATION = Metric(
 
 
 def all_metrics() -> dict[str, Metric]:
-    """Return every metric by name, gene-set agreement included."""
-    return {**METRICS, PATHWAY_CORRELATION.name: PATHWAY_CORRELATION}
+    """Return every metric by name, gene-set agreement and those of single cells included."""
+    return {**METRICS, PATHWAY_CORRELATION.name: PATHWAY_CORRELATION, **DISTRIBUTION_METRICS}

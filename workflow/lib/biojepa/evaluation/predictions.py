@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from biojepa.contracts import CONTEXT, PERTURBATION, PREDICTIONS_OBS, SD_LAYER, SET
+from biojepa.contracts import CONTEXT, PERTURBATION, PREDICTED_CELLS, PREDICTIONS_OBS, SD_LAYER, SET
 from biojepa.errors import InputError
 from biojepa.evaluation.splits import FoldSplit
 from biojepa.evaluation.truth import FoldTruth
@@ -43,10 +43,18 @@ class Prediction:
     """Predicted mean log-expression, and its standard deviation where the model gives one.
 
     Both (perturbations, genes), rows and columns as in the fold's truth, float64.
+
+    Attributes
+    ----------
+    cells, owner
+        Predicted single cells, (cells, genes) float32, and the row of the truth that each belongs to,
+        (cells,); where the model predicts cells and they were asked for.
     """
 
     mean: np.ndarray
     sd: np.ndarray | None = None
+    cells: sparse.csr_matrix | None = None
+    owner: np.ndarray | None = None
 
 
 def genes_of_fold(files: Sequence[PredictionFile]) -> pd.Index:
@@ -90,8 +98,15 @@ def _read_genes(path: Path) -> pd.Index:
         return pd.Index(ad.io.read_elem(file["var"]).index.astype(str))
 
 
-def read_prediction(file: PredictionFile, truth: FoldTruth, split: FoldSplit) -> Prediction:
+def read_prediction(
+    file: PredictionFile, truth: FoldTruth, split: FoldSplit, with_cells: bool = False
+) -> Prediction:
     """Read the test rows of a predictions file, in the order of the truth.
+
+    Parameters
+    ----------
+    with_cells
+        Whether to read predicted single cells too, where there are any.
 
     Raises
     ------
@@ -99,11 +114,18 @@ def read_prediction(file: PredictionFile, truth: FoldTruth, split: FoldSplit) ->
         If columns or perturbations are missing, a row's ``set`` contradicts the split, or the values
         are not mean log-expression.
     """
-    content = ad.read_h5ad(file.path)
-    _check_rows(content.obs, file.path, split)
-    _check_provenance(content.uns.get("provenance"), file.path, split)
-    rows = pd.Index(content.obs[PERTURBATION].astype(str)).get_indexer(truth.perturbations)
-    columns = pd.Index(content.var_names.astype(str)).get_indexer(truth.genes)
+    with h5py.File(file.path, "r") as stored:
+        obs, values = ad.io.read_elem(stored["obs"]), ad.io.read_elem(stored["X"])
+        genes = pd.Index(ad.io.read_elem(stored["var"]).index.astype(str))
+        uns = stored.get("uns", {})
+        provenance = ad.io.read_elem(uns["provenance"]) if "provenance" in uns else None
+        layers = stored.get("layers", {})
+        spread = ad.io.read_elem(layers[SD_LAYER]) if SD_LAYER in layers else None
+        found = ad.io.read_elem(uns[PREDICTED_CELLS]) if with_cells and PREDICTED_CELLS in uns else None
+    _check_rows(obs, file.path, split)
+    _check_provenance(provenance, file.path, split)
+    rows = pd.Index(obs[PERTURBATION].astype(str)).get_indexer(truth.perturbations)
+    columns = genes.get_indexer(truth.genes)
     if (rows < 0).any():
         missing = [truth.perturbations[row] for row in np.flatnonzero(rows < 0)]
         raise InputError(
@@ -112,11 +134,11 @@ def read_prediction(file: PredictionFile, truth: FoldTruth, split: FoldSplit) ->
             f"every test perturbation of {split.path}",
             "predict all of them",
         )
-    mean = _dense(content.X)[np.ix_(rows, columns)]
+    mean = _dense(values)[np.ix_(rows, columns)]
     check_log_expression(mean, truth, file.path)
     sd = None
-    if SD_LAYER in content.layers:
-        sd = _dense(content.layers[SD_LAYER])[np.ix_(rows, columns)]
+    if spread is not None:
+        sd = _dense(spread)[np.ix_(rows, columns)]
         if not np.isfinite(sd).all() or (sd < 0).any():
             raise InputError(
                 f"{file.path}, layers[{SD_LAYER!r}]",
@@ -124,7 +146,20 @@ def read_prediction(file: PredictionFile, truth: FoldTruth, split: FoldSplit) ->
                 "standard deviations",
                 "leave the layer out where the model has none",
             )
-    return Prediction(mean, sd)
+    if found is None:
+        return Prediction(mean, sd)
+    place = np.full(len(obs), -1)
+    place[rows] = np.arange(len(rows))
+    owner = place[np.asarray(found["row"])]
+    return Prediction(mean, sd, sparse.csr_matrix(found["X"])[owner >= 0][:, columns], owner[owner >= 0])
+
+
+def predicts_cells(path: Path) -> bool:
+    """Whether a predictions file holds single cells."""
+    if path == FROM_CELLS:
+        return False
+    with h5py.File(path, "r") as file:
+        return PREDICTED_CELLS in file.get("uns", {})
 
 
 def _dense(values: np.ndarray | sparse.csr_matrix) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +16,17 @@ from biojepa.splits import labels_in
 
 
 def duplicates(
-    cells_path: str | Path, split: pd.DataFrame, rows: np.ndarray, genes: Sequence[str], half_seed: int = 0
+    cells_path: str | Path,
+    split: pd.DataFrame,
+    rows: np.ndarray,
+    genes: Sequence[str],
+    half_seed: int = 0,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
     """Let half A of the cells of a perturbation predict it.
+
+    In the scheme context all is given as of the held-out context, which changes nothing for its own
+    perturbations, the tested ones.
 
     Parameters
     ----------
@@ -29,6 +38,8 @@ def duplicates(
         Of the columns.
     half_seed
         Seed of the halves; the truth is half B of the same seed.
+    facts
+        Of ``split.json``, which names a held-out context.
 
     Returns
     -------
@@ -39,11 +50,13 @@ def duplicates(
         Benjamini-Hochberg adjusted p of Welch's t of half A against control, the variance of half A no
         smaller than the control's: noise is replaced by the mean, signal is kept.
     """
-    moments = collect_moments(cells_path, pd.Index(genes), half_seed)
+    moments = collect_moments(cells_path, pd.Index(genes), half_seed, facts)
     labels = split[PERTURBATION].iloc[rows].tolist()
-    mean, variance, n = moments.of(labels, pd.Index(genes), "a")
+    _, variance, n = moments.of(labels, pd.Index(genes), "a")
+    # Changes that are carried over to another context may lead below 0, where no mean log1p value is.
+    mean = np.maximum(moments.relocated(labels, pd.Index(genes), "a"), 0.0)
     control, control_variance, control_n = moments.of([CONTROL], pd.Index(genes))
-    training, _, _ = moments.of(labels_in(split, TRAIN), pd.Index(genes))
+    training = moments.relocated(labels_in(split, TRAIN), pd.Index(genes)).mean(axis=0)
     p = stats.ttest_ind_from_stats(
         mean,
         np.sqrt(np.maximum(variance, control_variance)),
@@ -57,5 +70,5 @@ def duplicates(
     alpha = 1 - adjusted
     return {
         "duplicate": mean,
-        "interpolated_duplicate": alpha * mean + (1 - alpha) * training.mean(axis=0),
+        "interpolated_duplicate": alpha * mean + (1 - alpha) * np.maximum(training, 0.0),
     }

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-Role = Literal["headline", "combination", "secondary", "uncertainty", "legacy"]
+Role = Literal["headline", "combination", "secondary", "distribution", "uncertainty", "legacy"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def register(
 
 def cosine_rows(first: np.ndarray, second: np.ndarray, zero_norm: float) -> np.ndarray:
     """Return the cosine of matching rows, 0 where either is shorter than ``zero_norm``."""
-    norms = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
+    norms = row_norms(first), row_norms(second)
     defined = (norms[0] >= zero_norm) & (norms[1] >= zero_norm)
     product = np.einsum("pg,pg->p", first, second)
     return np.divide(product, norms[0] * norms[1], out=np.zeros(len(first)), where=defined)
@@ -78,6 +78,11 @@ def cosine_rows(first: np.ndarray, second: np.ndarray, zero_norm: float) -> np.n
 
 def pearson_rows(first: np.ndarray, second: np.ndarray, zero_norm: float) -> np.ndarray:
     """Return the Pearson correlation of matching rows, 0 where either row is or varies next to nothing."""
-    too_short = (np.linalg.norm(first, axis=1) < zero_norm) | (np.linalg.norm(second, axis=1) < zero_norm)
+    too_short = (row_norms(first) < zero_norm) | (row_norms(second) < zero_norm)
     first, second = (rows - rows.mean(axis=1, keepdims=True) for rows in (first, second))
     return np.where(too_short, 0.0, cosine_rows(first, second, zero_norm))
+
+
+def row_norms(rows: np.ndarray) -> np.ndarray:
+    """Return the Euclidean norm of each row, (rows,), without a copy of the squares."""
+    return np.sqrt(np.einsum("pg,pg->p", rows, rows))

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biojepa.contracts import ALL_CATEGORIES, CATEGORY, METRICS_COLUMNS, PERTURBATION, WHOLE_MODEL
+from biojepa.contracts import ALL_CATEGORIES, CATEGORY, EXACT, METRICS_COLUMNS, PERTURBATION, WHOLE_MODEL
 from biojepa.errors import InputError
-from biojepa.evaluation.metrics import METRICS
+from biojepa.evaluation.metrics import METRICS, Metric
 from biojepa.evaluation.predictions import Prediction, PredictionFile
 from biojepa.evaluation.resampling import WholeModelScores
 from biojepa.evaluation.statistics import CEILING, FLOOR
@@ -40,11 +40,13 @@ def score_prediction(
             if not weightings:
                 continue
             stacked = metric.score(prediction.mean, truth, np.vstack(list(weightings.values())))
-            for scope, values in zip(weightings, np.split(stacked, len(weightings)), strict=True):
-                whole.add(file.model, metric.name, scope, values)
-            if ALL_CATEGORIES in weightings:
-                value = stacked[list(weightings).index(ALL_CATEGORIES) * (len(stacked) // len(weightings))]
-                parts.append(_rows([WHOLE_MODEL], [ALL_CATEGORIES], metric.name, [value]))
+            for (scope, weights), values in zip(
+                weightings.items(), np.split(stacked, len(weightings)), strict=True
+            ):
+                counted = _counted(metric, truth, weights[0]) if np.isfinite(values[0]) else []
+                whole.add(file.model, metric.name, scope, values, (file.fold, file.seed), counted)
+                if scope == ALL_CATEGORIES and np.isfinite(values[0]):
+                    parts.append(_rows([WHOLE_MODEL], [ALL_CATEGORIES], metric.name, values[:1]))
             continue
         if metric.needs_sd and prediction.sd is None:
             continue
@@ -54,6 +56,14 @@ def score_prediction(
             parts.append(_rows(truth.perturbations, truth.categories, metric.name, values))
     scores = pd.concat(parts, ignore_index=True)
     return scores.assign(model=file.model, fold=file.fold, seed=file.seed)[list(METRICS_COLUMNS)]
+
+
+def _counted(metric: Metric, truth: FoldTruth, weights: np.ndarray) -> list[str]:
+    """Return the perturbations of a group, those with weight, that a score of the whole model rests on."""
+    counts = weights > 0
+    if metric.role == "combination":
+        counts = counts & np.isfinite(truth.additive).all(axis=1)
+    return [truth.perturbations[row] for row in np.flatnonzero(counts)]
 
 
 def _rows(
@@ -67,9 +77,9 @@ def _rows(
     )
 
 
-def sentinel(check: str, passed: bool, detail: str) -> dict[str, Any]:
-    """Return one line of the report's list of checks."""
-    return {"check": check, "passed": passed, "detail": detail}
+def sentinel(check: str, passed: bool | None, detail: str, kind: str = EXACT) -> dict[str, Any]:
+    """Return one line of the report's list of checks; ``passed`` is None where nothing could be checked."""
+    return {"check": check, "passed": passed, "detail": detail, "kind": kind}
 
 
 def check_references(file: PredictionFile, prediction: Prediction, truth: FoldTruth) -> list[dict[str, Any]]:

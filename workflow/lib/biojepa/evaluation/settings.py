@@ -19,8 +19,10 @@ SIMPLE_BASELINES = (
     "ridge",
     "kernel_ridge",
     "knn",
+    "mlp",
+    "other_screen",
 )
-"""Models that a new one must beat: no learned representation, seconds to fit."""
+"""Models that a new one must beat: no learned embedding of cells, seconds to fit."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,29 @@ class EnrichmentSettings:
 
 
 @dataclass(frozen=True)
+class DistributionSettings:
+    """Comparison of predicted with observed single cells.
+
+    Attributes
+    ----------
+    models
+        Models to run it for, besides ``mean``, ``no_change``, ``duplicate``, the best baseline and the models
+        that predict cells, which are always run where present. Empty: the model under test.
+    max_cells
+        Cells at most of each half of a perturbation, of the controls, and of each prediction.
+    max_perturbations
+        Test perturbations scored at most: those with the most changed genes in half A. 0 turns it off.
+    seed
+        Seed of the choice of cells.
+    """
+
+    models: tuple[str, ...] = ()
+    max_cells: int = 100
+    max_perturbations: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """How predictions are scored.
 
@@ -78,6 +103,8 @@ class EvaluationSettings:
         Seed of the bootstrap.
     enrichment
         Gene-set enrichment, run when gene sets are given.
+    distribution
+        Comparison of predicted with observed single cells.
     """
 
     model: str = "biojepa"
@@ -89,6 +116,7 @@ class EvaluationSettings:
     min_perturbations: int = 8
     seed: int = 0
     enrichment: EnrichmentSettings = field(default_factory=EnrichmentSettings)
+    distribution: DistributionSettings = field(default_factory=DistributionSettings)
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any] | None) -> EvaluationSettings:
@@ -100,9 +128,13 @@ class EvaluationSettings:
             If a key is unknown or a value out of range.
         """
         content = dict(content or {})
-        nested = _checked(EnrichmentSettings, content.pop("enrichment", None) or {}, "evaluate.enrichment")
+        parts = {"enrichment": EnrichmentSettings, "distribution": DistributionSettings}
+        nested = {
+            key: part(**_checked(part, content.pop(key, None) or {}, f"evaluate.{key}"))
+            for key, part in parts.items()
+        }
         settings = _checked(cls, content, "evaluate")
-        return cls(**{**settings, "enrichment": EnrichmentSettings(**nested)})
+        return cls(**{**settings, **nested})
 
     def __post_init__(self) -> None:
         """Refuse values that would give no interval."""
@@ -112,6 +144,8 @@ class EvaluationSettings:
             ("draws", self.draws, 100, 1_000_000),
             ("min_perturbations", self.min_perturbations, 2, 10_000),
             ("enrichment.permutations", self.enrichment.permutations, 10, 1_000_000),
+            ("distribution.max_cells", self.distribution.max_cells, 2, 10_000),
+            ("distribution.max_perturbations", self.distribution.max_perturbations, 0, 1_000_000),
         ):
             if not low <= value <= high:
                 raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from biojepa.contracts import (
     CATEGORIES,
     CATEGORY,
     CONTROL,
+    LEFT_OUT,
     PERTURBATION,
     SET,
     SETS,
@@ -23,6 +23,7 @@ from biojepa.contracts import (
 )
 from biojepa.errors import InputError
 from biojepa.files import read_tsv, sha256_of
+from biojepa.splits import cell_labels
 
 _REMAKE = "remake the split with the pair stage; never edit split.tsv by hand"
 
@@ -108,9 +109,13 @@ def check_split_table(table: pd.DataFrame, path: str | Path) -> None:
             raise InputError(path, f"no perturbation in set {which!r}", "at least one", _REMAKE)
 
 
-def check_split_covers_cells(split: FoldSplit, labels: Collection[str], cells_path: str | Path) -> None:
-    """Raise an InputError if the split and the cells do not hold the same perturbations."""
-    in_split, in_cells = set(split.table.index), set(labels) - {CONTROL}
+def check_split_covers_cells(split: FoldSplit, obs: pd.DataFrame, cells_path: str | Path) -> None:
+    """Raise an InputError if the split and the cells do not hold the same perturbations.
+
+    Labels that the split leaves out for want of cells are named in ``split.json``.
+    """
+    in_split = set(split.table.index)
+    in_cells = set(cell_labels(obs, split.info)) - {CONTROL, *split.info.get(LEFT_OUT, ())}
     for extra, where, other in (
         (in_split - in_cells, split.path, cells_path),
         (in_cells - in_split, cells_path, split.path),

@@ -1,12 +1,13 @@
 """From scores per perturbation to intervals, shares of the gap, and comparisons with a baseline.
 
-A perturbation scored in several folds or seeds is averaged first; folds are pooled.
+A perturbation scored in several folds or seeds is averaged first; folds are pooled. Intervals resample
+perturbations and, for models trained from several seeds, the seeds (see ``resampling``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -14,10 +15,19 @@ from scipy import stats
 
 from biojepa.contracts import CATEGORY, PERTURBATION, POSITIVE_CONTROLS, SUMMARY_COLUMNS
 from biojepa.evaluation.registry import Metric
-from biojepa.evaluation.resampling import Scope, WholeModelScores, bootstrap_means, interval, nan_mean
+from biojepa.evaluation.resampling import (
+    Scope,
+    SeededScores,
+    WholeModelScores,
+    bootstrap_means,
+    interval,
+    nan_mean,
+    resampled_means,
+)
 
 # Predictions are float32: the same prediction summed in another order is a tie, not a win.
 TIE = 1e-6
+DIFFERENCE_DIGITS = 12
 FLOOR, CEILING = "mean", "duplicate"
 
 
@@ -33,6 +43,8 @@ class MetricTable:
         (models,): defined perturbations and the pooled score.
     draws
         (draws, models): the pooled score of every bootstrap sample.
+    seeded
+        Scores by training of the models, given by column, that have several seeds.
     """
 
     metric: Metric
@@ -42,6 +54,7 @@ class MetricTable:
     n: np.ndarray
     mean: np.ndarray
     draws: np.ndarray
+    seeded: dict[int, SeededScores] = field(default_factory=dict)
 
     def column(self, model: str) -> int | None:
         """Return the column of a model, None where it has no score."""
@@ -82,7 +95,44 @@ class MetricTable:
         above, span = np.where(common, above, 0.0), np.where(common, span, 0.0)
         point = _ratio(above.sum(axis=0, keepdims=True), span.sum(axis=0, keepdims=True))[0]
         ratio = _ratio(self.scope.counts @ above, self.scope.counts @ span)
+        for column in range(len(self.models)):
+            if self.seeded.keys() & {column, floor, ceiling}:
+                chosen = common[:, column]
+                ratio[:, column] = _ratio(
+                    self._summed_difference(column, floor, chosen),
+                    self._summed_difference(ceiling, floor, chosen),
+                )
         return (point, *interval(ratio, confidence))
+
+    def _summed_difference(self, first: int, second: int, chosen: np.ndarray) -> np.ndarray:
+        """Return the sum over chosen perturbations of one model's score minus another's, (draws,).
+
+        Each sample takes the seeds that it drew. A perturbation that none of these scored is left out.
+        """
+        found = [self.seeded[column] for column in (first, second) if column in self.seeded]
+        if all(scores.even for scores in found):
+            return self._totals(first, chosen) - self._totals(second, chosen)
+        difference = self.drawn(first) - self.drawn(second)
+        return (self.scope.counts * np.where(chosen & np.isfinite(difference), difference, 0.0)).sum(axis=1)
+
+    def _totals(self, column: int, chosen: np.ndarray) -> np.ndarray:
+        """Return the sum of a model's scores over chosen perturbations in every sample, (draws,)."""
+        assert self.values is not None
+        if column in self.seeded:
+            return self.seeded[column].totals(self.scope.counts, chosen)
+        return self.scope.counts @ np.where(chosen, self.values[:, column], 0.0)
+
+    def drawn(self, column: int) -> np.ndarray:
+        """Return the scores of a model per perturbation in every sample.
+
+        Returns
+        -------
+        numpy.ndarray
+            (draws, perturbations) where seeds are drawn, else (1, perturbations).
+        """
+        assert self.values is not None
+        found = self.seeded.get(column)
+        return self.values[:, column][None] if found is None else found.drawn()
 
     def best_baseline(self, baselines: Iterable[str]) -> str | None:
         """Return the simple model with the best pooled score among those scored on the most perturbations.
@@ -113,6 +163,27 @@ class MetricTable:
             return None
         gain = self.metric.goodness(self.values[:, first]) - self.metric.goodness(self.values[:, second])
         return np.where(np.abs(gain) <= TIE, 0.0, gain)
+
+    def gain_draws(self, model: str, other: str) -> np.ndarray | None:
+        """Return the mean gain of a model over another in every bootstrap sample, (draws,), ties as 0.
+
+        None where ``gains`` is.
+        """
+        gain = self.gains(model, other)
+        first, second = self.column(model), self.column(other)
+        if gain is None or first is None or second is None:
+            return None
+        found = [self.seeded[column] for column in (first, second) if column in self.seeded]
+        if not found:
+            return bootstrap_means(gain[:, None], self.scope.counts)[:, 0]
+        if self.metric.best in ("max", "min") and all(scores.even for scores in found):
+            chosen = np.isfinite(gain)
+            total = self._summed_difference(first, second, chosen)
+            mean = _ratio(self.metric.goodness(total), self.scope.counts @ chosen.astype(float))
+            # Where all perturbations are tied, so is their mean.
+            return np.where(np.abs(mean) <= TIE, 0.0, mean)
+        drawn = self.metric.goodness(self.drawn(first)) - self.metric.goodness(self.drawn(second))
+        return resampled_means(np.where(np.abs(drawn) <= TIE, 0.0, drawn), self.scope.counts)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -159,7 +230,7 @@ def _whole_model_table(
     metric: Metric, scope: Scope, models: list[str], whole: WholeModelScores
 ) -> MetricTable:
     pooled = np.column_stack([whole.pooled(model, metric.name, scope) for model in models])
-    n = np.where(np.isfinite(pooled[0]), len(scope.perturbations), 0)
+    n = np.where(np.isfinite(pooled[0]), whole.n(metric.name, scope), 0)
     return MetricTable(metric, scope, models, None, n, pooled[0], pooled[1:])
 
 
@@ -168,19 +239,52 @@ def _perturbation_table(metric: Metric, scope: Scope, models: list[str], scores:
     averaged = inside.groupby([PERTURBATION, "model"], observed=True)["value"].mean().unstack("model")
     values = averaged.reindex(index=scope.perturbations, columns=models).to_numpy(dtype=float)
     draws = bootstrap_means(values, scope.counts)
+    seeded = _seeded_scores(inside, scope, models)
+    for column, scored in seeded.items():
+        defined = np.isfinite(values[:, column])
+        if scored.even:
+            number = scope.counts @ defined.astype(float)
+            draws[:, column] = _ratio(scored.totals(scope.counts, defined), number)
+        else:
+            draws[:, column] = resampled_means(scored.drawn(), scope.counts)
     return MetricTable(
-        metric, scope, models, values, np.isfinite(values).sum(axis=0), nan_mean(values), draws
+        metric, scope, models, values, np.isfinite(values).sum(axis=0), nan_mean(values), draws, seeded
     )
+
+
+def _seeded_scores(scores: pd.DataFrame, scope: Scope, models: list[str]) -> dict[int, SeededScores]:
+    """Return the scores by training of every model that has several seeds in some fold, by its column."""
+    if scores["seed"].nunique() < 2:
+        return {}
+    columns = pd.Index(models).get_indexer(pd.Index(scores["model"]))
+    folds, fold = np.unique(scores["fold"].to_numpy(), return_inverse=True)
+    seeds, seed = np.unique(scores["seed"].to_numpy(), return_inverse=True)
+    number = (columns * len(folds) + fold) * len(seeds) + seed
+    trainings, training = np.unique(number, return_inverse=True)
+    values = np.full((len(scope.perturbations), len(trainings)), np.nan)
+    rows = scope.perturbations.get_indexer(pd.Index(scores[PERTURBATION]))
+    values[rows, training] = scores["value"].to_numpy(float)
+    of_fold, of_seed = trainings // len(seeds), trainings % len(seeds)
+    of_model, of_fold = of_fold // len(folds), of_fold % len(folds)
+    found = {}
+    for column in np.unique(of_model):
+        own = np.flatnonzero(of_model == column)
+        if len(np.unique(of_fold[own])) < len(own):
+            runs = [(int(folds[of_fold[place]]), int(seeds[of_seed[place]])) for place in own]
+            found[int(column)] = SeededScores(values[:, own], of_fold[own], scope.training_counts(runs))
+    return found
 
 
 def wilcoxon_p(difference: np.ndarray) -> float:
     """Return the two-sided p-value of Wilcoxon's signed-rank test; 1 when nothing differs.
 
     Zero differences are left out (Wilcoxon's own rule); NaN below two perturbations. Exact up to 50
-    differences without ties, otherwise the normal approximation with continuity correction.
+    differences without ties, otherwise the normal approximation with continuity correction. Differences
+    that are equal but for rounding are ties, so that the order of a sum does not decide.
     """
     if len(difference) < 2:
         return float("nan")
+    difference = np.round(difference, DIFFERENCE_DIGITS)
     difference = difference[difference != 0]
     if not len(difference):
         return 1.0
@@ -193,8 +297,10 @@ def wilcoxon_p(difference: np.ndarray) -> float:
 def summarize(tables: Sequence[MetricTable], baselines: Sequence[str], confidence: float) -> pd.DataFrame:
     """Return ``summary.tsv``: pooled score, interval, gap closed and comparison with the best baseline.
 
-    ``q_vs_best_baseline`` is Benjamini–Hochberg over models × metrics of one role within a category;
-    positive controls, which nobody claims to beat, get no q and do not enter.
+    ``q_vs_best_baseline`` is Benjamini–Hochberg over all models × metrics within a category: whoever reads
+    a table looks at all of its stars. Legacy metrics, by which nobody should decide, are a family of their
+    own, so that their easy wins do not make others look surer. Positive controls, which nobody claims to
+    beat, get no q and do not enter.
     """
     blocks = []
     for table in tables:
@@ -203,7 +309,7 @@ def summarize(tables: Sequence[MetricTable], baselines: Sequence[str], confidenc
     summary = pd.concat(blocks, ignore_index=True)
     summary["q_vs_best_baseline"] = np.nan
     tested = summary["p_vs_best_baseline"].notna() & ~summary["model"].isin(POSITIVE_CONTROLS)
-    for _, family in summary[tested].groupby([CATEGORY, "role"]):
+    for _, family in summary[tested].groupby([summary[CATEGORY], summary["role"] == "legacy"]):
         q_values = stats.false_discovery_control(family["p_vs_best_baseline"])
         summary.loc[family.index, "q_vs_best_baseline"] = q_values
     return summary[list(SUMMARY_COLUMNS)]
@@ -249,8 +355,8 @@ def paired_difference(
     table: MetricTable, model: str, other: str, confidence: float
 ) -> tuple[float, float, float]:
     """Return the mean gain of a model over another and its bootstrap interval; positive is better."""
-    gain = table.gains(model, other)
-    if gain is None or not np.isfinite(gain).any():
+    gain, draws = table.gains(model, other), table.gain_draws(model, other)
+    if gain is None or draws is None or not np.isfinite(gain).any():
         return (np.nan, np.nan, np.nan)
-    low, high = interval(bootstrap_means(gain[:, None], table.scope.counts), confidence)
+    low, high = interval(draws[:, None], confidence)
     return float(np.nanmean(gain)), float(low[0]), float(high[0])

@@ -12,6 +12,7 @@ or a single whose gene was trained in a combination) and to those of unseen gene
    *indistinguishable from*.
 4. If the other is usable too and says the opposite, the outcome is *indistinguishable from*, and the
    text says that the metrics disagree.
+5. Where a check finds a sign of a leak, the outcome is *a leak is suspected*, whatever the scores are.
 
 The best baseline is the one with the best mean on the deciding metric in that group, chosen on the
 test perturbations, which favours the baseline.
@@ -20,11 +21,11 @@ test perturbations, which favours the baseline.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from biojepa.contracts import ALL_CATEGORIES
+from biojepa.contracts import ALL_CATEGORIES, STATISTICAL
 from biojepa.evaluation.resampling import SEEN, UNSEEN
 from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.evaluation.statistics import CEILING, FLOOR, MetricTable, paired_difference
@@ -32,6 +33,7 @@ from biojepa.evaluation.statistics import CEILING, FLOOR, MetricTable, paired_di
 DECIDING = ("pearson_delta_perturbed_mean", "rank_l2")
 BETTER, SAME, WORSE = "better than", "indistinguishable from", "worse than"
 CANNOT_TELL, NOT_EVALUATED = "this dataset cannot tell", "not evaluated"
+SUSPECTED = "a leak is suspected"
 _GROUPS = {ALL_CATEGORIES: "held-out perturbations", SEEN: f"of {SEEN}", UNSEEN: f"of {UNSEEN}"}
 _WHAT = {
     "pearson_delta_perturbed_mean": "correlation of the change against the training perturbed mean",
@@ -182,6 +184,28 @@ def reach_verdict(tables: Sequence[MetricTable], settings: EvaluationSettings) -
         f"beats {FLOOR}; at least {settings.min_perturbations} perturbations",
     }
     return finite_or_none(verdict)
+
+
+def doubt(verdict: dict[str, Any], sentinels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add the outcome of the checks to a verdict, which a sign of a leak overrules.
+
+    Returns
+    -------
+    The verdict with ``sentinels``. Where a statistical check failed, its ``outcome`` and ``sentence`` say so,
+    and ``unless_leaked`` holds what they were.
+    """
+    verdict = {**verdict, "sentinels": finite_or_none(list(sentinels))}
+    signs = [item for item in sentinels if item["kind"] == STATISTICAL and item["passed"] is False]
+    if not signs:
+        return verdict
+    named = "; ".join(str(item["check"]) for item in signs)
+    return {
+        **verdict,
+        "outcome": SUSPECTED,
+        "sentence": f"A leak is suspected, so the scores are not to be believed until its origin is known: "
+        f"{named}. If it is no leak: {verdict['sentence']}",
+        "unless_leaked": {"outcome": verdict["outcome"], "sentence": verdict["sentence"]},
+    }
 
 
 def finite_or_none(content: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,16 +132,17 @@ def _row(table: MetricTable, head: str, priors: str, confidence: float) -> Embed
         column = table.column(name)
         if column is not None:
             bounds = float(low[column]), float(high[column])
-            scores[embedding] = _estimate(float(table.mean[column]), *bounds, int(table.n[column]))
+            scores[embedding] = estimate(float(table.mean[column]), *bounds, int(table.n[column]))
     for other in OTHERS:
         both = len(table.difference(names[UNDER_TEST], names[other]))
         if both:
             difference = paired_difference(table, names[UNDER_TEST], names[other], confidence)
-            gains[other] = _estimate(*difference, both)
+            gains[other] = estimate(*difference, both)
     return EmbeddingRow(head, priors, scores, gains)
 
 
-def _estimate(mean: float, low: float, high: float, n: int) -> Estimate:
+def estimate(mean: float, low: float, high: float, n: int) -> Estimate:
+    """Return an estimate; without bounds where a single perturbation is behind it."""
     # One perturbation resamples to itself: an interval of width 0 would claim certainty.
     return Estimate(mean, low, high, n) if n > 1 else Estimate(mean, math.nan, math.nan, n)
 
@@ -205,8 +206,8 @@ def _shown(table: EmbeddingTable, usable: bool) -> dict[str, Any]:
     rows = [
         {
             "label": row.label,
-            "scores": [_cell(row.scores.get(name), format_number) for name in EMBEDDINGS],
-            "gains": [_cell(row.gains.get(name), signed) for name in OTHERS],
+            "scores": [estimate_cell(row.scores.get(name), format_number) for name in EMBEDDINGS],
+            "gains": [estimate_cell(row.gains.get(name), signed) for name in OTHERS],
             "n": format_count(max(score.n for score in row.scores.values())),
         }
         for row in table.rows
@@ -214,12 +215,13 @@ def _shown(table: EmbeddingTable, usable: bool) -> dict[str, Any]:
     return {"metric": metric_text(table.metric), "usable": usable, "rows": rows}
 
 
-def _cell(estimate: Estimate | None, text: Any) -> dict[str, str]:
-    if estimate is None:
+def estimate_cell(found: Estimate | None, text: Callable[[float], str]) -> dict[str, str]:
+    """Return an estimate as text: ``value``, ``interval`` and ``outcome``, a dash where there is none."""
+    if found is None:
         return {"value": MISSING, "interval": "", "outcome": ""}
-    known = not math.isnan(estimate.low)
-    bounds = f"{text(estimate.low)} to {text(estimate.high)}" if known else ""
-    return {"value": text(estimate.mean), "interval": bounds, "outcome": estimate.outcome}
+    known = not math.isnan(found.low)
+    bounds = f"{text(found.low)} to {text(found.high)}" if known else ""
+    return {"value": text(found.mean), "interval": bounds, "outcome": found.outcome}
 
 
 def ablation_figure(tables: list[EmbeddingTable], confidence: float) -> Figure:

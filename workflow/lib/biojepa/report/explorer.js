@@ -122,6 +122,7 @@
         }
         const value = column.value(i);
         const td = cell(row, column.text ? value : format(value, column.digits), !column.text);
+        if (column.key === "category") td.className = "wrap";
         if (column.key === "difference") td.append(differenceBar(value, widest));
       }
     }
@@ -192,7 +193,7 @@
   function drawGenes(profile) {
     const model = element("x-model").value;
     const predicted = profile.p[model];
-    const targets = new Set(state.picked.split("+"));
+    const targets = new Set(state.picked.split(" @ ")[0].split("+"));
     const genes = profile.g.map((position) => X.genes[position]);
     const top = Math.max(0.05, ...profile.o.map(Math.abs), ...predicted.map((value) => Math.abs(value || 0))) * 1.08;
     const order = genes.map((_, k) => k).sort((i, j) => Math.abs(profile.o[j]) - Math.abs(profile.o[i]) || i - j);
@@ -255,18 +256,17 @@
     if (!found) return;
     const sets = found.map((item) => escape(shortenSet(X.sets[item[0]])));
     const at = (k) => found.length - 1 - k;
-    const models = [...new Set(found.flatMap((item) => Object.keys(item[3])))];
     const traces = [{
       type: "scatter", mode: "markers", name: "observed", x: found.map((item) => item[1]), y: found.map((_, k) => at(k)),
       marker: { size: 11, symbol: found.map((item) => (item[2] !== null && item[2] < 0.05 ? "circle" : "circle-open")), color: "@ink", line: { width: 1.5, color: "@ink" } },
       customdata: found.map((item) => [escape(X.sets[item[0]]), format(item[2])]),
       hovertemplate: "<b>%{customdata[0]}</b><br>observed NES %{x:.2f}, FDR %{customdata[1]}",
     }];
-    models.forEach((model) => {
+    X.nesModels.forEach((model, m) => {
       const group = modelOf[model] ? modelOf[model].group : "other";
       const style = { main: ["@main", "diamond"], positive: ["@positive", "square"], baseline: ["@best", "triangle-up"] }[group] || ["@ablation", "triangle-down"];
       traces.push({
-        type: "scatter", mode: "markers", name: escape(label(model)), x: found.map((item) => item[3][model] === undefined ? null : item[3][model]),
+        type: "scatter", mode: "markers", name: escape(label(model)), x: found.map((item) => item[3][m]),
         y: found.map((_, k) => at(k)), marker: { size: 8, color: style[0], symbol: style[1], opacity: 0.85 },
         customdata: found.map((item) => escape(X.sets[item[0]])), hovertemplate: "<b>%{customdata}</b><br>predicted NES %{x:.2f}",
       });
@@ -321,11 +321,14 @@
       drawGenes(profile);
     }
     for (const id of ["x-genes", "x-gene-table"]) element(id).closest(".split-2").hidden = !profile;
+    select.parentElement.hidden = !profile;
+    element("x-no-genes").hidden = Boolean(profile);
     drawSets();
     ringCells();
     for (const row of element("x-table").tBodies[0].rows) {
       row.setAttribute("aria-selected", String(row.cells[0].textContent === name));
     }
+    if (jump) history.replaceState(null, "", "#p=" + encodeURIComponent(name));
     if (jump) element("x-detail").scrollIntoView({ behavior: "smooth", block: "nearest" });
   }
 
@@ -353,6 +356,21 @@
   element("x-prev").addEventListener("click", () => { state.page -= 1; update(); });
   element("x-next").addEventListener("click", () => { state.page += 1; update(); });
   update();
+  /* An address that ends in #p=NAME opens at that perturbation. */
+  function linked() {
+    if (!location.hash.startsWith("#p=")) return null;
+    let name = location.hash.slice(3);
+    try { name = decodeURIComponent(name); } catch (error) { return null; }
+    return X.names.includes(name) ? name : null;
+  }
+  function follow() {
+    const name = linked();
+    if (name === null) return;
+    pick(name, false);
+    element("x-detail").scrollIntoView({ block: "start" });
+  }
   const first = rows(columns()).map((i) => X.names[i]).find((name) => X.profiles[name]);
   pick(first || X.names[0], false);
+  follow();
+  window.addEventListener("hashchange", follow);
 })();

@@ -6,13 +6,16 @@ from typing import Any
 
 import pandas as pd
 
-from biojepa.report.figures import comparison_models, main_models, number, numbers
+from biojepa.labels import perturbation_of
+from biojepa.report.figures import comparison_models, main_models, numbers
 from biojepa.report.glossary import category_label, metric_text, model_text
 from biojepa.report.inputs import ReportInputs
 from biojepa.report.tables import ordered_models, per_perturbation_scores
 
 MAX_SCORES = 200_000
-MAX_SETS = 14
+MAX_SETS, MIN_SETS = 14, 5
+# Enrichment scores of all perturbations together, and the models that are shown beside the observed ones.
+MAX_SET_SCORES, MAX_SET_MODELS = 60_000, 6
 
 
 def explorer_data(inputs: ReportInputs) -> dict[str, Any]:
@@ -35,6 +38,8 @@ def explorer_data(inputs: ReportInputs) -> dict[str, Any]:
         models = models if len(names) * len(metrics) * len(models) <= MAX_SCORES else main_models(inputs)
     category = scores.drop_duplicates("perturbation").set_index("perturbation")["category"]
     described = inputs.perturbations.drop_duplicates("perturbation").set_index("perturbation")
+    # Described over all of its cells, whatever context they are in.
+    measured = [perturbation_of(name) for name in names]
     genes: dict[str, int] = {}
     sets: dict[str, int] = {}
     return {
@@ -42,9 +47,9 @@ def explorer_data(inputs: ReportInputs) -> dict[str, Any]:
         "categories": [str(category[name]) for name in names],
         "categoryLabels": {key: category_label(key) for key in sorted(set(map(str, category)))},
         "strata": {
-            "significant genes": _described(described, "n_deg", names),
-            "cells": _described(described, "n_cells", names),
-            "effect size": _described(described, "effect_size", names),
+            "significant genes": _described(described, "n_deg", measured),
+            "cells": _described(described, "n_cells", measured),
+            "effect size": _described(described, "effect_size", measured),
         },
         "metrics": [_metric(name) for name in metrics],
         "models": [_model(name, inputs) for name in models],
@@ -54,7 +59,7 @@ def explorer_data(inputs: ReportInputs) -> dict[str, Any]:
         "baseline": {name: inputs.best_baseline(name) for name in metrics},
         "profiles": {name: _profile(profile, genes) for name, profile in sorted(inputs.profiles.items())},
         "genes": list(genes),
-        "nes": _gene_sets(inputs, set(names), sets),
+        **_gene_sets(inputs, set(names), sets),
         "sets": list(sets),
     }
 
@@ -107,28 +112,37 @@ def _profile(profile: Any, genes: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _gene_sets(inputs: ReportInputs, names: set[str], sets: dict[str, int]) -> dict[str, list[list[Any]]]:
-    """Return, by perturbation, its sets with the strongest observed enrichment and what models said."""
+def _gene_sets(inputs: ReportInputs, names: set[str], sets: dict[str, int]) -> dict[str, Any]:
+    """Return what models said of the gene sets with the strongest observed enrichment.
+
+    Returns
+    -------
+    dict
+        ``nesModels``, and in ``nes``, by perturbation, rows of set (a position in ``sets``, which is
+        extended), observed NES, its FDR, and the NES of every model. Of more perturbations than
+        ``MAX_SET_SCORES`` allows, those with the strongest enrichment are kept.
+    """
     table = inputs.enrichment[inputs.enrichment["perturbation"].isin(names)].dropna(subset=["nes_true"])
     if table.empty:
-        return {}
+        return {"nesModels": [], "nes": {}}
     keys = ["perturbation", "gene_set"]
     truth = table.groupby(keys, sort=True)[["nes_true", "fdr_true"]].mean()
-    said = table.groupby([*keys, "model"], sort=True)["nes_pred"].mean().unstack("model")
-    found: dict[str, list[list[Any]]] = {}
-    for name, rows in truth.groupby(level=0, sort=True):
-        order = rows["nes_true"].abs().sort_values(ascending=False, kind="stable").index[:MAX_SETS]
-        found[str(name)] = [
-            [
-                sets.setdefault(str(key[1]), len(sets)),
-                number(rows.loc[key, "nes_true"], 3),
-                number(rows.loc[key, "fdr_true"], 3),
-                {
-                    str(model): number(value, 3)
-                    for model, value in said.loc[key].items()
-                    if not pd.isna(value)
-                },
-            ]
-            for key in order
-        ]
-    return found
+    said = table.groupby([*keys, "model"], sort=True)["nes_pred"].mean().unstack("model").loc[truth.index]
+    scored = [model.name for model in ordered_models(inputs) if model.name in said.columns]
+    first = main_models(inputs)
+    models = sorted(scored, key=lambda name: name not in first)[:MAX_SET_MODELS]
+    strength = truth["nes_true"].abs()
+    order = strength.sort_values(ascending=False, kind="stable").index
+    strongest = list(dict.fromkeys(order.get_level_values(0)))
+    columns = len(models) + 3
+    kept = set(strongest[: MAX_SET_SCORES // (MIN_SETS * columns)])
+    limit = max(MIN_SETS, min(MAX_SETS, MAX_SET_SCORES // (len(kept) * columns)))
+    values = dict(zip(truth.index, truth.to_numpy(), strict=True))
+    predicted = dict(zip(truth.index, said[models].to_numpy(), strict=True))
+    found: dict[str, list[list[Any]]] = {name: [] for name in sorted(kept)}
+    for key in order:
+        name, gene_set = key
+        if name in kept and len(found[name]) < limit:
+            position = sets.setdefault(str(gene_set), len(sets))
+            found[name].append([position, *numbers(values[key], 3), numbers(predicted[key], 3)])
+    return {"nesModels": models, "nes": found}

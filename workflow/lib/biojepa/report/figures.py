@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from biojepa.report.glossary import (
@@ -31,6 +33,9 @@ from biojepa.report.inputs import ReportInputs
 from biojepa.report.tables import categories_present, format_count, format_number, ordered_models
 
 Spec = dict[str, Any]
+MAX_ABLATIONS_DRAWN = 8
+# Points of one scatter; genome-wide screens have more perturbations than a page can hold.
+MAX_POINTS = 3_000
 
 GROUP_STYLE: dict[str, dict[str, Any]] = {
     MAIN: {"color": "@main", "symbol": "diamond", "size": 11},
@@ -96,6 +101,13 @@ def numbers(values: Any, digits: int = 5) -> list[float | None]:
     return [number(value, digits) for value in values]
 
 
+def evenly(table: pd.DataFrame, limit: int) -> pd.DataFrame:
+    """Return at most ``limit`` rows, evenly spaced in their order, so that every part keeps its share."""
+    if len(table) <= limit:
+        return table
+    return table.iloc[np.linspace(0, len(table) - 1, limit).round().astype(int)]
+
+
 def line(value: float, axis: str, dash: str = "dot", color: str = "@ink") -> Spec:
     """Return a straight line across the plot at ``value`` of the x or y axis."""
     across = {"x0": value, "x1": value, "y0": 0, "y1": 1, "yref": "paper"}
@@ -109,6 +121,20 @@ def calibration_figures(inputs: ReportInputs) -> list[Figure]:
     return [calibration_panel(inputs, metric_text(name)) for name in inputs.headline_metrics]
 
 
+def drawn_models(inputs: ReportInputs, present: Iterable[str]) -> tuple[list[ModelText], str]:
+    """Return the models that one panel draws, best first, and a note on those that it leaves out.
+
+    Many ablations would bury the controls; they stay in the tables and in the section on the ablation.
+    """
+    known = set(present)
+    models = [model for model in ordered_models(inputs) if model.name in known]
+    ablations = sum(model.group == ABLATION for model in models)
+    if ablations <= MAX_ABLATIONS_DRAWN:
+        return models, ""
+    kept = [model for model in models if model.group != ABLATION]
+    return kept, f"; {ablations} ablations are left to the tables"
+
+
 def main_models(inputs: ReportInputs) -> list[str]:
     """Return the main model, the best baseline and the duplicate, where they were run."""
     wanted = [inputs.lead_model, inputs.best_baseline(), "duplicate"]
@@ -118,7 +144,7 @@ def main_models(inputs: ReportInputs) -> list[str]:
 def calibration_panel(inputs: ReportInputs, metric: MetricText) -> Figure:
     """Draw every model with its interval on one metric, over the range that the dataset allows."""
     rows = inputs.pooled[inputs.pooled["metric"] == metric.name].set_index("model")
-    models = [model for model in ordered_models(inputs) if model.name in rows.index]
+    models, left_out = drawn_models(inputs, rows.index)
     traces = []
     for group in dict.fromkeys(model.group for model in models):
         members = [model for model in models if model.group == group]
@@ -152,7 +178,7 @@ def calibration_panel(inputs: ReportInputs, metric: MetricText) -> Figure:
         title=f"{metric.label} {metric.arrow}",
         shows=f"Mean and 95 % interval; band: training mean to duplicate, {interval}.",
         read=f"{sentence(metric.read)}.",
-        n=f"{format_count(n)} held-out perturbations",
+        n=f"{format_count(n)} held-out perturbations{left_out}",
         thresholds="unusable where the interval of that range includes 0",
         misleads="" if usable else "Here it cannot tell a replicate from a constant guess.",
     )

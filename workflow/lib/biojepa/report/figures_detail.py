@@ -6,12 +6,15 @@ import pandas as pd
 
 from biojepa.report.figures import (
     GROUP_STYLE,
+    MAX_POINTS,
     Caption,
     Figure,
     Spec,
     calibration_panel,
     comparison_models,
+    drawn_models,
     escape,
+    evenly,
     line,
     main_models,
     number,
@@ -21,7 +24,8 @@ from biojepa.report.glossary import ModelText, metric_text, model_text
 from biojepa.report.inputs import ReportInputs
 from biojepa.report.tables import format_count, format_number, format_percent, ordered_models
 
-MAX_SETS_DRAWN = 2_500
+# Points of all choices of a figure together: a point takes about 70 bytes of the page.
+MAX_SETS_DRAWN, MIN_SETS_DRAWN = 4_000, 500
 MAX_NORMS_DRAWN = 6_000
 SIGNIFICANT_FDR = 0.05
 
@@ -47,13 +51,14 @@ def _norm_figure(inputs: ReportInputs) -> Figure:
         rows = inputs.norms[inputs.norms["model"] == name]
         if len(rows):
             model = model_text(name, inputs.lead_model)
-            options[model.label] = _norm_panel(model, rows, slopes.get(name))
+            options[model.label] = _norm_panel(model, evenly(rows, MAX_POINTS), slopes.get(name))
     caption = Caption(
         title="Effect size, predicted against observed",
         shows="Each point is a held-out perturbation: length of its change against the training mean, over "
         "all genes (log1p units), predicted and in half B of its cells.",
         read="On the dotted line the size is right; below it, shrunk. A flat cloud means one size for all.",
-        n=f"{format_count(inputs.norms['perturbation'].nunique())} perturbations",
+        n=f"{format_count(inputs.norms['perturbation'].nunique())} perturbations, at most "
+        f"{format_count(MAX_POINTS)} drawn",
         thresholds="none; the printed slope is the metric effect_slope, folds pooled",
         misleads="Observed length contains sampling noise, so weak perturbations with few cells look larger "
         "than they are, and a good model lies below the line there.",
@@ -97,7 +102,7 @@ def _norm_panel(model: ModelText, rows: pd.DataFrame, slope: float | None) -> Sp
 
 
 def _spread_figure(inputs: ReportInputs, spread: pd.DataFrame) -> Figure:
-    models = [model for model in ordered_models(inputs) if model.name in spread.index]
+    models, left_out = drawn_models(inputs, spread.index)
     floor = 1e-3
     values = spread.loc[[model.name for model in models], "mean"]
     spec = {
@@ -134,7 +139,7 @@ def _spread_figure(inputs: ReportInputs, spread: pd.DataFrame) -> Figure:
         shows="How much predictions differ between perturbations, over how much the truths do.",
         read="1 is right. Near 0 the model says the same whatever is perturbed: it has collapsed, however "
         "well it scores on average.",
-        n=f"{len(models)} models; one value per model, averaged over folds and seeds",
+        n=f"{len(models)} models{left_out}; one value per model, averaged over folds and seeds",
         thresholds="values below 0.001 are drawn at 0.001",
         misleads="A ratio of 1 says nothing about being right: random guesses of the right size reach it. "
         "Truths contain sampling noise, so a perfect noise-free model lies below 1.",
@@ -148,11 +153,12 @@ def gene_set_figures(inputs: ReportInputs) -> list[Figure]:
     if table.empty:
         return []
     options = {}
-    for model in ordered_models(inputs):
+    scored = [model for model in ordered_models(inputs) if (table["model"] == model.name).any()]
+    scored.sort(key=lambda model: model.name != inputs.lead_model)
+    limit = max(MIN_SETS_DRAWN, MAX_SETS_DRAWN // len(scored))
+    for model in scored[: MAX_SETS_DRAWN // MIN_SETS_DRAWN]:
         rows = table[table["model"] == model.name]
-        if rows.empty:
-            continue
-        rows = rows.sort_values(["fdr_true", "perturbation", "gene_set"], kind="stable").head(MAX_SETS_DRAWN)
+        rows = rows.sort_values(["fdr_true", "perturbation", "gene_set"], kind="stable").head(limit)
         clear = rows["fdr_true"] < SIGNIFICANT_FDR
         traces = [
             _nes_trace(rows[~clear], "observed FDR ≥ 5 %", "@negative"),
@@ -169,8 +175,6 @@ def gene_set_figures(inputs: ReportInputs) -> list[Figure]:
                 "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
             },
         }
-    lead = model_text(inputs.lead_model, inputs.lead_model).label
-    options = dict(sorted(options.items(), key=lambda item: item[0] != lead))
     caption = Caption(
         title="Gene sets, predicted against observed enrichment",
         shows="Each point is a gene set in one held-out perturbation: normalized enrichment score (NES) of "
@@ -179,7 +183,7 @@ def gene_set_figures(inputs: ReportInputs) -> list[Figure]:
         n=f"{format_count(table['perturbation'].nunique())} perturbations, "
         f"{format_count(table['gene_set'].nunique())} gene sets",
         thresholds=f"observed FDR below {format_percent(SIGNIFICANT_FDR)}; at most the "
-        f"{format_count(MAX_SETS_DRAWN)} clearest points",
+        f"{format_count(limit)} clearest points",
         misleads="NES avoid 0 by construction and sets share genes, so points are not independent; "
         "permutation p-values over genes ignore correlation between genes and are too small.",
     )

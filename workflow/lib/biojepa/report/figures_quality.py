@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from biojepa import contracts
-from biojepa.report.figures import Caption, Figure, escape, line, numbers
+from biojepa.labels import perturbation_of
+from biojepa.report.figures import MAX_POINTS, Caption, Figure, escape, evenly, line, numbers
 from biojepa.report.inputs import ReportInputs
 from biojepa.report.tables import format_count, format_percent
 
@@ -85,7 +86,7 @@ def _funnel_figure(qc: pd.DataFrame) -> Figure | None:
 
 
 def _test_sets(inputs: ReportInputs) -> set[str]:
-    return set(inputs.metrics["perturbation"]) - {contracts.WHOLE_MODEL}
+    return {perturbation_of(name) for name in set(inputs.metrics["perturbation"]) - {contracts.WHOLE_MODEL}}
 
 
 def _cells_figure(inputs: ReportInputs) -> Figure:
@@ -170,9 +171,10 @@ def _on_target_figure(table: pd.DataFrame) -> Figure | None:
     height = [-math.log10(max(p, smallest)) if not math.isnan(p) else 0.0 for p in points["p"]]
     threshold = 0.05
     clear = (points["p"] < threshold) & (points["log2fc"].abs() >= 0.25)
+    drawn = np.isin(np.arange(len(points)), evenly(points, MAX_POINTS).index)
     data = []
     for chosen, name, color in ((clear, "moved", "@main"), (~clear, "not clearly moved", "@negative")):
-        keep = chosen.to_numpy()
+        keep = chosen.to_numpy() & drawn
         data.append(
             {
                 "type": "scatter",
@@ -195,7 +197,8 @@ def _on_target_figure(table: pd.DataFrame) -> Figure | None:
         title="On-target effect",
         shows="Change of the perturbed gene itself against control cells, for genes that were measured.",
         read="Knock-down lies to the left, activation to the right. A guide near 0 may not work.",
-        n=f"{format_count(len(points))} measured targets, {format_percent(down)} of them down",
+        n=f"{format_count(len(points))} measured targets, {format_percent(down)} of them down; at most "
+        f"{format_count(MAX_POINTS)} drawn",
         thresholds=f"moved: p < {threshold:g} (rank test, not corrected) and |log2 fold change| ≥ 0.25",
         misleads="A knock-out can leave the transcript untouched and still remove the protein. p depends on "
         "the number of cells. Genes outside the measured panel are not shown.",
@@ -219,7 +222,7 @@ def _effect_figure(table: pd.DataFrame) -> Figure | None:
         (clear, "q < 0.05", "@main", "circle"),
         (~clear, "no detectable effect", "@negative", "circle-open"),
     ):
-        part = rows[chosen]
+        part = evenly(rows[chosen], MAX_POINTS)
         data.append(
             {
                 "type": "scatter",
@@ -238,7 +241,8 @@ def _effect_figure(table: pd.DataFrame) -> Figure | None:
         title="Size of the effect",
         shows="Energy distance (unbiased) between the cells of a perturbation and control cells.",
         read="Open circles could not be told from control; no model can be asked to predict them.",
-        n=f"{format_count(clear.sum())} of {format_count(len(rows))} have a detectable effect",
+        n=f"{format_count(clear.sum())} of {format_count(len(rows))} have a detectable effect; at most "
+        f"{format_count(MAX_POINTS)} of each kind drawn",
         thresholds="q < 0.05, permutation test, Benjamini–Hochberg over perturbations",
         misleads="More cells make a smaller effect detectable. This describes the whole screen, held-out "
         "cells included; nothing in it is used in training.",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pandas as pd
 
 from biojepa import contracts
-from biojepa.report.figures import Caption, Figure, Spec, escape, numbers, sentence
+from biojepa.report.figures import Caption, Figure, Spec, escape, evenly, numbers, sentence
 from biojepa.report.glossary import model_text
 from biojepa.report.inputs import ReportInputs
 from biojepa.report.tables import format_count
 
-MAX_UMAP_CELLS = 8_000
+MAX_UMAP_CELLS = 6_000
 MAX_CURVE_POINTS = 400
 SET_STYLE = {
     "control": ("@negative", "control"),
@@ -48,6 +47,11 @@ _CURVE_TEXT = {
         "must stay away from 0, where every cell is the same point",
         "spread may come from batch or depth alone",
     ),
+    "std_cells_student": (
+        "Standard deviation over cells, student",
+        "the same for the network that is trained, of which the embedding is a moving average",
+        "spread may come from batch or depth alone",
+    ),
     "std_cells_pooled": (
         "Standard deviation, pooled over tokens",
         "the same for the embedding averaged over tokens; must stay away from 0",
@@ -76,6 +80,7 @@ _CURVE_TEXT = {
 _OTHER_CURVE = "a part of the loss or a setting of the optimizer", "its level has no meaning of its own"
 CURVE_COLORS = ("c1", "c2", "c3", "c4", "c5", "c6", "c7")
 CURVE_DASHES = ("solid", "dash", "dot")
+MAX_CURVE_MODELS = 4
 
 
 def curve_key(inputs: ReportInputs) -> dict[str, list[tuple[str, str]]]:
@@ -83,7 +88,7 @@ def curve_key(inputs: ReportInputs) -> dict[str, list[tuple[str, str]]]:
     stages: dict[str, None] = {}
     for history in inputs.histories.values():
         stages.update(dict.fromkeys(history["stage"].astype(str) if "stage" in history else ()))
-    models = dict.fromkeys(model_of(run) for run in inputs.histories)
+    models = shown_curves(inputs)
     css = {"solid": "solid", "dash": "dashed", "dot": "dotted"}
     return {
         "models": [(m, CURVE_COLORS[i % len(CURVE_COLORS)]) for i, m in enumerate(models)],
@@ -91,9 +96,32 @@ def curve_key(inputs: ReportInputs) -> dict[str, list[tuple[str, str]]]:
     }
 
 
+def shown_curves(inputs: ReportInputs) -> list[str]:
+    """Return the models whose curves are drawn: the model under test, then whole models, a few in all."""
+    models = dict.fromkeys(model_of(run) for run in inputs.histories)
+    order = sorted(models, key=lambda name: (name != inputs.lead_model, "_" in name))
+    return order[:MAX_CURVE_MODELS]
+
+
 def model_of(run: str) -> str:
     """Return the model of a run such as ``biojepa fold0 seed0``."""
     return run.split(" ", 1)[0]
+
+
+def broken_at_restarts(
+    steps: list[float | None], values: list[float | None]
+) -> tuple[list[float | None], list[float | None]]:
+    """Return a curve with a gap wherever its steps start again, so that no line runs backwards."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for at, (step, value) in enumerate(zip(steps, values, strict=True)):
+        before = steps[at - 1] if at else None
+        if before is not None and step is not None and step < before:
+            x.append(None)
+            y.append(None)
+        x.append(step)
+        y.append(value)
+    return x, y
 
 
 def _curve_figure(inputs: ReportInputs, column: str) -> Figure | None:
@@ -101,7 +129,11 @@ def _curve_figure(inputs: ReportInputs, column: str) -> Figure | None:
     colors, stages = dict(key["models"]), [name for name, _ in key["stages"]]
     traces: list[Spec] = []
     for run, history in inputs.histories.items():
-        if column not in history or not pd.api.types.is_numeric_dtype(history[column]):
+        if (
+            model_of(run) not in colors
+            or column not in history
+            or not pd.api.types.is_numeric_dtype(history[column])
+        ):
             continue
         rows = history.dropna(subset=[column])
         names = rows["stage"].astype(str) if "stage" in rows else pd.Series("", index=rows.index)
@@ -109,13 +141,14 @@ def _curve_figure(inputs: ReportInputs, column: str) -> Figure | None:
             part = rows[names == stage]
             part = part.iloc[:: max(1, math.ceil(len(part) / MAX_CURVE_POINTS))]
             order = stages.index(stage) if stage in stages else 0
+            x, y = broken_at_restarts(numbers(part["step"], 9), numbers(part[column], 5))
             traces.append(
                 {
                     "type": "scatter",
                     "mode": "lines" if len(part) > 1 else "markers",
                     "name": escape(f"{run} {stage}".strip()),
-                    "x": numbers(part["step"], 9),
-                    "y": numbers(part[column], 5),
+                    "x": x,
+                    "y": y,
                     "line": {
                         "color": f"@{colors[model_of(run)]}",
                         "dash": CURVE_DASHES[order % len(CURVE_DASHES)],
@@ -131,7 +164,8 @@ def _curve_figure(inputs: ReportInputs, column: str) -> Figure | None:
         title=title,
         shows=f"Column {column} of history.tsv by optimizer step.",
         read=f"{sentence(read)}.",
-        n=f"lines {format_count(len(traces))}, runs {format_count(len(inputs.histories))}",
+        n=f"lines {format_count(len(traces))}; "
+        f"{len(colors)} of {len({model_of(run) for run in inputs.histories})} trained models are drawn",
         thresholds="none drawn",
         misleads=f"{sentence(misleads)}.",
     )
@@ -144,14 +178,6 @@ def _curve_figure(inputs: ReportInputs, column: str) -> Figure | None:
     return Figure(f"curve-{column}", {"": {"data": traces, "layout": layout}}, caption, height=240)
 
 
-def thin_cells(umap: pd.DataFrame, limit: int = MAX_UMAP_CELLS) -> pd.DataFrame:
-    """Return at most ``limit`` cells, evenly spaced in file order, so that every batch keeps its share."""
-    if len(umap) <= limit:
-        return umap
-    chosen = np.linspace(0, len(umap) - 1, limit).round().astype(int)
-    return umap.iloc[chosen]
-
-
 def umap_figures(inputs: ReportInputs) -> list[Figure]:
     """Draw the embedding coloured by set, batch and, one at a time on demand, by perturbation."""
     if inputs.umap is None or inputs.umap.empty:
@@ -160,7 +186,7 @@ def umap_figures(inputs: ReportInputs) -> list[Figure]:
     runs = table["run"].astype(str) if "run" in table else pd.Series("", index=table.index)
     first = runs.iloc[0]
     total = int((runs == first).sum())
-    cells = thin_cells(table[runs == first])
+    cells = evenly(table[runs == first], MAX_UMAP_CELLS)
     options = {
         "held-out or trained": _umap_by_set(cells),
         "batch": _umap_by(cells, "batch", BATCH_COLORS),

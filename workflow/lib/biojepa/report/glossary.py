@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from biojepa import contracts
-from biojepa.evaluation.metrics import METRICS, PATHWAY_CORRELATION
+from biojepa.evaluation.metrics import all_metrics
 from biojepa.models import ABLATION_MODELS, LATENT_MODELS
 
 HEADLINE, COMBINATION, SECONDARY = "headline", "combination", "secondary"
@@ -25,7 +25,7 @@ MAIN, ABLATION, BASELINE, NEGATIVE, POSITIVE, OTHER = (
 GROUP_TITLES = {
     POSITIVE: "Positive controls (how well this can be measured)",
     MAIN: "The model",
-    OTHER: "Other models",
+    OTHER: "Your models (predictions made elsewhere)",
     ABLATION: "Ablations (the same pipeline with a part replaced)",
     BASELINE: "Simple baselines",
     NEGATIVE: "Negative controls (what knowing nothing scores)",
@@ -108,7 +108,12 @@ _READ: dict[str, tuple[str, str, float | None]] = {
         "single effects",
         0.0,
     ),
-    "interaction_tpr": ("Interaction TPR", "share of true interactions found at 10 % false positives", None),
+    "interaction_tpr": (
+        "Interaction TPR",
+        "share of the genetic interactions (genes of a combination that are not the sum of its singles) that "
+        "are found while at most one call in ten is false; the additive model finds none by definition",
+        0.0,
+    ),
     "direction_match": (
         "Direction match", "share of significant genes that are predicted to move the right way", 0.5,
     ),
@@ -129,8 +134,18 @@ _READ: dict[str, tuple[str, str, float | None]] = {
         "every perturbation",
         None,
     ),
-    "variance_ratio": ("Variance ratio", "predicted over observed variance between cells", None),
-    "energy_distance": ("Energy distance", "distance of predicted and observed cell distributions", None),
+    "variance_ratio": (
+        "Variance ratio",
+        "predicted over observed variance between cells, the median gene; below 1 the predicted cells are "
+        "too alike. Models without cells move control cells by the predicted change",
+        None,
+    ),
+    "energy_distance": (
+        "Energy distance",
+        "distance of the clouds of predicted and observed cells, about 0 where they are the same; compare "
+        "with no change, whose cells are the controls, and with the duplicate",
+        None,
+    ),
     "coverage_50": ("Coverage, 50 %", "share of genes whose truth lies in the model's 50 % interval", None),
     "coverage_80": ("Coverage, 80 %", "share of genes whose truth lies in the model's 80 % interval", None),
     "coverage_95": ("Coverage, 95 %", "share of genes whose truth lies in the model's 95 % interval", None),
@@ -149,12 +164,9 @@ METRIC_ORDER = tuple(_READ)
 PRIMARY_METRIC = METRIC_ORDER[0]
 # Names that the tables may hold and that are scored outside the registry.
 _BEST_ELSEWHERE: dict[str, str | float] = {
-    "energy_distance": "min",
-    "variance_ratio": 1.0,
     "batch_probe": "min",
     "depth_probe": "min",
 }
-_COMBINATION = ("interaction_tpr",)
 
 
 def metric_text(name: str) -> MetricText:
@@ -163,10 +175,9 @@ def metric_text(name: str) -> MetricText:
     Direction, role and formula are those of the registry of the evaluation.
     """
     label, read, null = _READ.get(name, (name, "a metric added by the user", None))
-    registered = PATHWAY_CORRELATION if name == PATHWAY_CORRELATION.name else METRICS.get(name)
+    registered = all_metrics().get(name)
     if registered is None:
-        role = COMBINATION if name in _COMBINATION else SECONDARY
-        return MetricText(name, label, _BEST_ELSEWHERE.get(name, "max"), role, read, "", null)
+        return MetricText(name, label, _BEST_ELSEWHERE.get(name, "max"), SECONDARY, read, "", null)
     if name not in _READ:
         label, read = name.replace("_", " "), registered.description
     return MetricText(name, label, registered.best, registered.role, read, registered.formula, null)
@@ -187,6 +198,8 @@ _MODELS = {
         "additive kernel ridge on perturbed genes and prior codes, without any embedding",
     ),
     "knn": ("Nearest neighbours", "mean of the training perturbations nearest in the prior codes"),
+    "mlp": ("Additive network", "small network on the prior codes, summed over the perturbed genes"),
+    "other_screen": ("Other screen", "what the same genes changed in another screen, scaled to this one"),
     "biojepa_predictor": ("Predictor alone", "the latent predictor alone"),
     "biojepa_predictor_noprior": ("Predictor, no priors", "latent predictor without side information"),
     "biojepa_predictor_shuffled": (
@@ -229,7 +242,7 @@ class ModelText:
 
 
 def model_text(name: str, main_model: str = "biojepa") -> ModelText:
-    """Return how a model is shown; a user's own model keeps its name and joins the other models."""
+    """Return how a model is shown; one whose predictions were made elsewhere keeps its name."""
     label, about = _MODELS.get(name) or _ablation_text(name)
     if name == main_model:
         group = MAIN
@@ -237,9 +250,9 @@ def model_text(name: str, main_model: str = "biojepa") -> ModelText:
         group = POSITIVE
     elif name in contracts.NEGATIVE_CONTROLS:
         group = NEGATIVE
-    elif name in contracts.LINEAR_BASELINES:
+    elif name in contracts.SIMPLE_MODELS:
         group = BASELINE
-    elif name in LATENT_MODELS or name.startswith(("biojepa_", "pca_", "untrained_")):
+    elif name in LATENT_MODELS or name in ABLATION_MODELS:
         group = ABLATION
     else:
         group = OTHER
@@ -247,10 +260,10 @@ def model_text(name: str, main_model: str = "biojepa") -> ModelText:
 
 
 def _ablation_text(name: str) -> tuple[str, str]:
-    """Return label and explanation of a cell of the ablation; the bare name for any other model."""
+    """Return label and explanation of a cell of the ablation; the bare name for a model made elsewhere."""
     model = ABLATION_MODELS.get(name)
     if model is None:
-        return name, ""
+        return name, "predictions made elsewhere; what the model was fitted to is not known here"
     embedding, head = EMBEDDING_LABELS[model.embedding], HEAD_LABELS[model.head].lower()
     label = f"{embedding} + {head}"
     if model.priors != "given":
@@ -265,6 +278,19 @@ CATEGORY_LABELS = {
     "combo_seen0": "combination, no gene trained as a single",
     "single_in_combo": "single, its gene trained in a combination",
     "single": "single, gene never perturbed in training",
+    contracts.OTHER_CONTEXT: "the same perturbation trained in another context",
+}
+SCHEME_TEXTS = {
+    "perturbation": "Folds over perturbations: each is tested once, and its genes may be trained elsewhere.",
+    "gene": "Folds over genes: every perturbation that carries a held-out gene is tested, so that none is "
+    "composed of trained genes alone. A combination may be tested in two folds, and is averaged.",
+    "combination": "Combinations are held out by a published protocol. Folds are independent draws and no "
+    "partition; a perturbation that several of them test is averaged.",
+    "context": "The perturbed cells of one context are held out; the same perturbations may be trained in "
+    "others. Control cells of every context are known, and predictions start from those of the held-out one. "
+    "Training perturbations count as of that context: its control plus their change elsewhere. The unit is a "
+    "perturbation in a context, so that one tested in two contexts counts twice.",
+    "list": "The perturbations that the config names are held out.",
 }
 
 

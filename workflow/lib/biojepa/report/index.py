@@ -9,6 +9,8 @@ import pandas as pd
 
 from biojepa import contracts
 from biojepa.errors import InputError
+from biojepa.evaluation.verdict import BETTER, CANNOT_TELL, NOT_EVALUATED, SAME, WORSE
+from biojepa.report.decision import OUTCOMES
 from biojepa.report.glossary import (
     GROUP_TITLES,
     HEADLINE,
@@ -19,8 +21,16 @@ from biojepa.report.glossary import (
     model_text,
 )
 from biojepa.report.inputs import require_columns
-from biojepa.report.page import OUTCOMES, environment
+from biojepa.report.page import environment
 from biojepa.report.tables import format_count, format_number, format_percent
+
+_SHORT = {
+    BETTER: "better",
+    SAME: "indistinguishable",
+    WORSE: "worse",
+    CANNOT_TELL: "cannot tell",
+    NOT_EVALUATED: "not evaluated",
+}
 
 
 @dataclass(frozen=True)
@@ -80,10 +90,12 @@ def build_index(reports: list[IndexEntry], main_model: str = "biojepa") -> str:
 
 
 def _card(report: IndexEntry, metrics: list[MetricText], main_model: str) -> dict[str, Any]:
-    """Return what the overview says about one report."""
-    tone, _ = OUTCOMES.get(str(report.verdict.get("outcome")), ("open", ""))
+    """Return what the overview says about one report; scores of the first usable metric come first."""
+    outcome = str(report.verdict.get("outcome"))
+    tone, _ = OUTCOMES.get(outcome, ("open", ""))
     present = set(report.summary["model"])
-    lead = main_model if main_model in present else str(report.summary["model"].iloc[0])
+    tested = report.verdict.get("model") or main_model
+    lead = str(tested) if tested in present else str(report.summary["model"].iloc[0])
     scores = []
     for text in metrics:
         own = report.row(lead, text.name)
@@ -98,22 +110,28 @@ def _card(report: IndexEntry, metrics: list[MetricText], main_model: str) -> dic
                 "baseline": format_number(report.row(best, text.name).get("mean") if best else None),
                 "baseline_name": model_text(best).label if best else "",
                 "duplicate": format_number(report.row("duplicate", text.name).get("mean")),
+                "mean": None if pd.isna(own.get("mean")) else float(own["mean"]),
+                "share": None if pd.isna(own.get("gap_closed")) else float(own["gap_closed"]),
             }
         )
     n = report.summary.loc[report.summary["category"] == contracts.ALL_CATEGORIES, "n"].max()
     return {
         "report": report,
         "tone": tone,
-        "lead": model_text(lead, main_model),
+        "label": _SHORT.get(outcome, "no verdict"),
+        "models": format_count(len(present)),
+        "deciding": next((item for item in scores if item["usable"]), scores[0] if scores else None),
+        "lead": model_text(lead, lead),
         "sentence": report.verdict.get("sentence") or "No verdict was recorded.",
         "n": format_count(n),
+        "count": None if pd.isna(n) else int(n),
         "scores": scores,
     }
 
 
 def _matrix(text: MetricText, models: list[ModelText], reports: list[IndexEntry]) -> dict[str, Any]:
-    """Return one metric as models down and reports across, with the gap closed as a bar."""
-    rows = []
+    """Return one metric as models down, in groups, and reports across, with the gap closed as a bar."""
+    groups: dict[str, list[tuple[ModelText, list[dict[str, Any]]]]] = {}
     for model in models:
         cells = []
         for report in reports:
@@ -125,5 +143,5 @@ def _matrix(text: MetricText, models: list[ModelText], reports: list[IndexEntry]
                 interval = f"{format_number(row['ci_low'])} to {format_number(row['ci_high'])}"
             cells.append({"value": format_number(row.get("mean")), "interval": interval, "bar": bar})
         if any(cell["value"] != "–" for cell in cells):
-            rows.append((model, cells))
-    return {"metric": text, "rows": rows}
+            groups.setdefault(model.group, []).append((model, cells))
+    return {"metric": text, "groups": [(key, GROUP_TITLES[key], rows) for key, rows in groups.items()]}

@@ -51,8 +51,13 @@ class ReportInputs:
         One ``split.json`` per fold.
     qc, perturbations
         Tables of ``preprocess``.
+    strata, trust
+        Tables of ``evaluate``: scores by properties of the perturbations, and expected against observed
+        accuracy; None in a folder that was evaluated before they existed.
     umap
         ``cell, umap_1, umap_2, perturbation, set, batch`` and, where there are several, ``run``.
+    representation
+        Tables ``representation.tsv`` of all folds and seeds of the model under test.
     coverage
         Which prior source covers which perturbed gene: ``coverage.tsv`` of all folds.
     histories, train_metrics
@@ -84,7 +89,10 @@ class ReportInputs:
     splits: list[dict[str, Any]]
     qc: pd.DataFrame
     perturbations: pd.DataFrame
+    strata: pd.DataFrame | None = None
+    trust: pd.DataFrame | None = None
     umap: pd.DataFrame | None = None
+    representation: pd.DataFrame | None = None
     coverage: pd.DataFrame | None = None
     histories: dict[str, pd.DataFrame] = field(default_factory=dict)
     train_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -105,8 +113,14 @@ class ReportInputs:
             "perturbations": contracts.PERTURBATION_TABLE_COLUMNS,
             "norms": NORM_COLUMNS,
         }
+        if self.strata is not None:
+            required["strata"] = contracts.STRATA_COLUMNS
+        if self.trust is not None:
+            required["trust"] = contracts.TRUST_COLUMNS
         if self.umap is not None:
             required["umap"] = UMAP_COLUMNS
+        if self.representation is not None:
+            required["representation"] = contracts.REPRESENTATION_COLUMNS
         if self.coverage is not None:
             required["coverage"] = ("gene", "n_sources", "consequence")
         for name, columns in required.items():

@@ -6,23 +6,70 @@ import json
 import logging
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from biojepa import contracts
-from biojepa.evaluation.verdict import BETTER, CANNOT_TELL, NOT_EVALUATED, SAME, WORSE
-from biojepa.report import ablation, figures, figures_detail, figures_quality, figures_training, tables
+from biojepa.report import (
+    ablation,
+    figures,
+    figures_detail,
+    figures_quality,
+    figures_training,
+    representation,
+    strata,
+    tables,
+    trust,
+)
+from biojepa.report.decision import decision_rows, facts, verdict_view
 from biojepa.report.explorer import explorer_data
 from biojepa.report.glossary import model_text
 from biojepa.report.inputs import ReportInputs
+from biojepa.report.methods import file_groups, key_values, methods_text, plain_value, run_tables, run_times
 
 logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 LIMIT_BYTES = 10_000_000
+
+
+class Section(NamedTuple):
+    """One numbered section of the page, whose content is the template ``section_{key}.html.j2``.
+
+    Attributes
+    ----------
+    key
+        Anchor of the section and name of its template.
+    short, title
+        Text in the navigation bar and in the heading.
+    needs
+        Name of the value handed to the template without which the section is left out.
+    """
+
+    key: str
+    short: str
+    title: str
+    needs: str = ""
+
+
+# The page in reading order, after the verdict; numbers and navigation follow from it.
+SECTIONS = (
+    Section("calibration", "Calibration", "Calibration: what can these metrics tell here?"),
+    Section("categories", "Categories", "By category: composed of seen genes, or never seen?"),
+    Section("strata", "Strata", "Where does it work?", needs="strata"),
+    Section("perturbations", "Perturbations", "Each perturbation"),
+    Section("effect", "Effect size", "Effect size"),
+    Section("sets", "Genes and sets", "Genes, gene sets and other metrics"),
+    Section("trust", "Trust", "Trust: what to expect of a perturbation nobody has measured", needs="trust"),
+    Section("representation", "Representation", "Representation"),
+    Section("ablation", "Ablation", "Ablation: does the JEPA add anything?", needs="ablation"),
+    Section("quality", "Data", "Data and quality control"),
+    Section("legacy", "Legacy", "Legacy metrics"),
+    Section("leakage", "Leakage", "Leakage sentinels"),
+    Section("methods", "Methods", "Methods and provenance"),
+)
 
 
 @cache
@@ -65,30 +112,23 @@ def embedded_json(content: Any) -> Markup:
     return Markup(text)
 
 
-def plain_value(value: Any) -> str:
-    """Return a value of a provenance record as text: numbers as they are, nested content as JSON."""
-    if value is None or (isinstance(value, float) and pd.isna(value)):
-        return tables.MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, dict | list | tuple):
-        return json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
-    return str(value)
-
-
 def build_report(inputs: ReportInputs) -> str:
     """Return the report of one dataset and split as HTML.
 
     The page holds its style, scripts and data; it refers to no address but, relatively, to the
     tables beside it. Equal inputs give equal bytes.
     """
-    sections = _sections(inputs)
+    drawings = _drawings(inputs)
     compared = ablation.ablation_view(inputs)
     if compared:
-        sections["ablation"] = [compared["figure"]]
-    drawn = [figure for group in sections.values() for figure in group]
+        drawings["ablation"] = [compared["figure"]]
+    embeddings = representation.representation_view(inputs)
+    if embeddings:
+        drawings["representation"] = embeddings["figures"]
+    stratified, expected = strata.strata_view(inputs), trust.trust_view(inputs)
+    drawings["strata"] = [stratified["figure"]] if stratified else []
+    drawings["trust"] = expected["figures"] if expected else []
+    drawn = [figure for group in drawings.values() for figure in group]
     data = {
         "figures": {
             figure.key: {
@@ -99,38 +139,43 @@ def build_report(inputs: ReportInputs) -> str:
         },
         "explorer": explorer_data(inputs),
     }
-    page = (
-        environment()
-        .get_template("template.html.j2")
-        .render(
-            inputs=inputs,
-            facts=_facts(inputs),
-            verdict=_verdict(inputs),
-            lead=model_text(inputs.lead_model, inputs.lead_model),
-            headline=tables.score_table(inputs, inputs.headline_metrics),
-            category_tables=tables.category_tables(inputs),
-            other=tables.score_table(inputs, tables.other_metrics(inputs)),
-            legacy=tables.score_table(inputs, tables.legacy_metrics(inputs)),
-            figures=sections,
-            ablation=compared,
-            data=embedded_json(data),
-            qc_columns=list(inputs.qc.columns),
-            qc_rows=_records(inputs.qc),
-            flags=_flags(inputs.perturbations),
-            coverage=tables.coverage_of_sources(inputs.coverage),
-            curve_key=figures_training.curve_key(inputs),
-            runs=_run_table(inputs.train_metrics),
-            provenance=_key_values(inputs.provenance),
-            settings=json.dumps(inputs.settings, indent=2, sort_keys=True, default=str, ensure_ascii=False),
-        )
-    )
+    shown: dict[str, Any] = {
+        "inputs": inputs,
+        "facts": facts(inputs),
+        "verdict": verdict_view(inputs),
+        "lead": model_text(inputs.lead_model, inputs.lead_model),
+        "decision": decision_rows(inputs),
+        "headline": tables.score_table(inputs, inputs.headline_metrics),
+        "category_tables": tables.category_tables(inputs),
+        "other": tables.score_table(inputs, tables.other_metrics(inputs)),
+        "legacy": tables.score_table(inputs, tables.legacy_metrics(inputs)),
+        "figures": drawings,
+        "ablation": compared,
+        "embeddings": embeddings,
+        "strata": stratified,
+        "trust": expected,
+        "data": embedded_json(data),
+        "qc_columns": list(inputs.qc.columns),
+        "qc_rows": _records(inputs.qc),
+        "flags": _flags(inputs.perturbations),
+        "coverage": tables.coverage_of_sources(inputs.coverage),
+        "curve_key": figures_training.curve_key(inputs),
+        "methods": methods_text(inputs),
+        "run_times": run_times(inputs),
+        "runs": run_tables(inputs),
+        "file_groups": file_groups(inputs.downloads),
+        "provenance": key_values(inputs.provenance),
+        "settings": json.dumps(inputs.settings, indent=2, sort_keys=True, default=str, ensure_ascii=False),
+    }
+    sections = [section for section in SECTIONS if not section.needs or shown[section.needs]]
+    page = environment().get_template("template.html.j2").render(sections=sections, **shown)
     size = len(page.encode())
     if size > LIMIT_BYTES:
         logger.warning("the report of %s takes %.1f MB: browsers may be slow", inputs.dataset, size / 1e6)
     return page
 
 
-def _sections(inputs: ReportInputs) -> dict[str, list[figures.Figure]]:
+def _drawings(inputs: ReportInputs) -> dict[str, list[figures.Figure]]:
     by_category = figures.category_figure(inputs)
     return {
         "calibration": figures.calibration_figures(inputs),
@@ -140,78 +185,6 @@ def _sections(inputs: ReportInputs) -> dict[str, list[figures.Figure]]:
         "umap": figures_training.umap_figures(inputs),
         "curves": figures_training.curve_figures(inputs),
         "quality": figures_quality.quality_figures(inputs),
-    }
-
-
-def _facts(inputs: ReportInputs) -> list[tuple[str, str]]:
-    """Return the few counts that the head of the page states."""
-    tested = inputs.metrics.loc[inputs.metrics["perturbation"] != contracts.WHOLE_MODEL, "perturbation"]
-    seeds = inputs.metrics.loc[inputs.metrics["model"] == inputs.lead_model, "seed"]
-    cells = inputs.qc["cells_after"].dropna()
-    counts = [
-        ("held-out perturbation", tested.nunique()),
-        ("fold", len(inputs.splits) or inputs.metrics["fold"].nunique()),
-        ("seed", max(seeds.nunique(), 1)),
-        ("model or control", len(inputs.models)),
-    ]
-    facts = [(name if count == 1 else _plural(name), tables.format_count(count)) for name, count in counts]
-    return [
-        *facts,
-        ("cells after quality control", tables.format_count(cells.iloc[-1] if len(cells) else None)),
-    ]
-
-
-def _plural(name: str) -> str:
-    return "models and controls" if name == "model or control" else f"{name}s"
-
-
-# Tone and heading by the outcome that the verdict's rules gave.
-OUTCOMES = {
-    BETTER: ("good", "Better than the best baseline"),
-    SAME: ("even", "Indistinguishable from the best baseline"),
-    WORSE: ("bad", "Worse than the best baseline"),
-    CANNOT_TELL: ("open", "This dataset cannot tell"),
-    NOT_EVALUATED: ("open", "Not evaluated"),
-}
-
-
-def _latent_share(inputs: ReportInputs) -> str:
-    """Say in how many trainings the latent predictor adds to the linear branch; empty without a gate.
-
-    Without this sentence a model whose gate is shut looks like a learned one that ties with the ridge.
-    """
-    runs = [
-        record
-        for name, record in inputs.train_metrics.items()
-        if name.split(" ")[0] == inputs.main_model and record.get("linear_weights")
-    ]
-    if not runs:
-        return ""
-    open_gates = sum(record["latent_weight"] > 0 for record in runs)
-    shut = len(runs) - open_gates
-    text = f"Validation perturbations opened the gate of the latent predictor in {open_gates} of {len(runs)} "
-    text += "training." if len(runs) == 1 else "trainings."
-    if shut:
-        text += (
-            " Where it is shut, the predictions are those of the linear branch, half of which looks at the "
-            "embedding."
-        )
-    return text
-
-
-def _verdict(inputs: ReportInputs) -> dict[str, Any]:
-    """Return the verdict as the page shows it; a file without a sentence says so."""
-    verdict = inputs.verdict
-    tone, label = OUTCOMES.get(str(verdict.get("outcome")), ("open", ""))
-    details = [item for item in verdict.get("details", []) if item.get("text")]
-    return {
-        "sentence": verdict.get("sentence") or "No verdict was recorded for this evaluation.",
-        "details": [item for item in details if item.get("scope") != contracts.ALL_CATEGORIES],
-        "tone": tone,
-        "label": label,
-        "latent": _latent_share(inputs),
-        "unusable": [name for name in inputs.headline_metrics if not inputs.usable(name)],
-        "rule": verdict.get("rule", ""),
     }
 
 
@@ -234,32 +207,3 @@ def _flags(perturbations: pd.DataFrame) -> list[tuple[str, int]]:
         for flag in filter(None, (part.strip() for part in cell.replace(",", ";").split(";"))):
             counts[flag] = counts.get(flag, 0) + 1
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-
-
-def _run_table(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Lay the numbers of the training runs side by side, one row per number.
-
-    Versions and settings are the same for all runs and stand under provenance and configuration.
-    """
-    flat = {
-        run: dict(_key_values({k: v for k, v in numbers.items() if k not in ("packages", "settings")}))
-        for run, numbers in runs.items()
-    }
-    keys = list(dict.fromkeys(key for numbers in flat.values() for key in numbers))
-    rows = [
-        (key.replace("_", " "), [numbers.get(key, tables.MISSING) for numbers in flat.values()])
-        for key in keys
-    ]
-    return {"runs": list(flat), "rows": rows}
-
-
-def _key_values(record: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Flatten nested records to ``section · key`` and text, in the order in which they were written."""
-    pairs: list[tuple[str, str]] = []
-    for key, value in record.items():
-        name = f"{prefix} · {key}" if prefix else str(key)
-        if isinstance(value, dict):
-            pairs += _key_values(value, name)
-        else:
-            pairs.append((name, plain_value(value)))
-    return pairs

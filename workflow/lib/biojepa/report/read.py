@@ -8,20 +8,23 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 
 from biojepa import contracts
 from biojepa.errors import InputError
 from biojepa.files import read_tsv
+from biojepa.labels import genes_of
 from biojepa.report.inputs import NORM_COLUMNS, Profile, ReportInputs, require_columns
 
 logger = logging.getLogger(__name__)
-MAX_PROFILE_GENES, MIN_PROFILE_GENES = 200, 20
-# Numbers in all profiles together: at about seven bytes each they take 2 MB of the page.
-PROFILE_BUDGET = 200_000
+MAX_PROFILE_GENES, MIN_PROFILE_GENES = 200, 15
+# Numbers in all profiles together: at about seven bytes each they take 1 MB of the page.
+PROFILE_BUDGET = 150_000
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class ReportFiles:
     history_runs: list[Run] = field(default_factory=list)
     umaps: list[Path] = field(default_factory=list)
     coverage: list[Path] = field(default_factory=list)
+    strata: Path | None = None
+    trust: Path | None = None
+    representation: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for files, runs, name in (
@@ -126,8 +132,11 @@ def read_report(
         splits=splits,
         qc=_table(files.qc),
         perturbations=_table(files.perturbations),
+        strata=_table(files.strata) if files.strata else None,
+        trust=_table(files.trust) if files.trust else None,
         umap=_stacked(files.umaps),
         coverage=_stacked(files.coverage),
+        representation=_stacked(files.representation),
         histories={
             str(run): _table(path) for run, path in zip(files.history_runs, files.histories, strict=True)
         },
@@ -238,20 +247,23 @@ def _test_predictions(path: Path, genes: pd.Index) -> tuple[np.ndarray, np.ndarr
     InputError
         When the file has genes that the truth does not.
     """
-    predicted = anndata.read_h5ad(path)
-    predicted = predicted[(predicted.obs[contracts.SET].astype(str) == contracts.TEST).to_numpy()]
-    columns = genes.get_indexer(predicted.var_names)
+    # Predicted single cells, which may lie in the same file, are not read.
+    with h5py.File(path, "r") as file:
+        obs, predicted = (anndata.io.read_elem(file[name]) for name in ("obs", "X"))
+        names = anndata.io.read_elem(file["var"]).index.astype(str)
+    tested = (obs[contracts.SET].astype(str) == contracts.TEST).to_numpy()
+    columns = genes.get_indexer(names)
     if (columns < 0).any():
-        strangers = ", ".join(predicted.var_names[columns < 0][:5])
+        strangers = ", ".join(names[columns < 0][:5])
         raise InputError(
             path,
             f"genes unknown to the truth, such as {strangers}",
             "the genes of the fold",
             "rerun embed for this model, then evaluate",
         )
-    values = np.full((predicted.n_obs, len(genes)), np.nan, dtype=np.float32)
-    values[:, columns] = np.asarray(predicted.X)
-    return predicted.obs[contracts.PERTURBATION].astype(str).to_numpy(), values
+    values = np.full((int(tested.sum()), len(genes)), np.nan, dtype=np.float32)
+    values[:, columns] = np.asarray(predicted)[tested]
+    return obs.loc[tested, contracts.PERTURBATION].astype(str).to_numpy(), values
 
 
 def _profiles(
@@ -303,7 +315,7 @@ def _telling_genes(
     """
     size = np.fmax(np.abs(observed), np.abs(predicted))
     size[~(np.isfinite(observed) & np.isfinite(predicted))] = -1.0
-    size[np.isin(genes, name.split(contracts.GENE_SEPARATOR)) & (size >= 0)] = np.inf
+    size[np.isin(genes, genes_of(name)) & (size >= 0)] = np.inf
     order = np.argsort(-size, kind="stable")[:limit]
     order = order[size[order] >= 0]
     return order[np.argsort(-np.abs(observed[order]), kind="stable")]
@@ -352,11 +364,16 @@ def _sentinels(
 
 
 def _downloads(files: ReportFiles, page: Path) -> list[dict[str, str]]:
-    """Return relative links to the tables behind the page."""
+    """Return relative links to the tables behind the page, quoted, since names may hold ``%`` or ``#``."""
     listed = [files.metrics, files.summary, files.enrichment, files.verdict, files.observed]
-    listed += [files.qc, files.perturbations, *files.coverage, *files.histories, *files.predictions]
+    listed += [path for path in (files.strata, files.trust) if path]
+    listed += [files.qc, files.perturbations, *files.coverage, *files.histories]
+    listed += [*files.representation, *files.predictions]
     links = []
     for path in listed:
         relative = Path(os.path.relpath(path, page.parent)).as_posix()
-        links.append({"label": relative.removeprefix("../"), "href": relative})
+        links.append({"label": relative.removeprefix("../"), "href": quote(relative)})
+    # Two results of the same run that are made with this page and after it.
+    links.append({"label": "report/headline.tsv", "href": "report/headline.tsv"})
+    links.append({"label": "provenance.json", "href": "../../provenance.json"})
     return links

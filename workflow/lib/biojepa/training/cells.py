@@ -65,12 +65,13 @@ class Populations:
 
     A control and a perturbed cell share nothing but their batch, so single pairs are mostly noise;
     the means of populations are what a predictor can learn. Cells are drawn with replacement, and for
-    each drawn cell a control of its batch, so that the batch composition of the two sides is the same.
+    each drawn cell a control of its batch, so that the batch composition of the two sides is the same. In
+    the scheme context the control is of the same context too.
 
     Parameters
     ----------
     pairs
-        Codes of perturbation and batch.
+        Codes of perturbation and batch, and of the context where one is held out.
     device
         Where the drawing happens.
     """
@@ -82,24 +83,33 @@ class Populations:
         self.order = torch.from_numpy(order).to(device)
         self.first = torch.from_numpy(np.cumsum(counts) - counts).to(device)
         self.count = torch.from_numpy(counts).to(device)
-        self.batch = torch.from_numpy(pairs.batch.astype(np.int64)).to(device)
+        n_batches, n_contexts = len(pairs.batches), max(len(pairs.contexts), 1)
+        group = pairs.batch.astype(np.int64)
+        if pairs.context is not None:
+            group += pairs.context.astype(np.int64) * n_batches
+        self.group = torch.from_numpy(group).to(device)
         controls = np.flatnonzero(pairs.perturbation == CONTROL_CODE)
-        by_batch = controls[np.argsort(pairs.batch[controls], kind="stable")]
-        per_batch = np.bincount(pairs.batch[controls], minlength=len(pairs.batches))
-        # A batch without a control borrows from all of them.
-        first = np.where(per_batch > 0, np.cumsum(per_batch) - per_batch, 0)
-        self.controls = torch.from_numpy(by_batch).to(device)
+        by_group = controls[np.argsort(group[controls], kind="stable")]
+        per_group = np.bincount(group[controls], minlength=n_batches * n_contexts)
+        # A batch without a control borrows from all batches: of its context, if that has any.
+        per_context = np.repeat(per_group.reshape(n_contexts, n_batches).sum(axis=1), n_batches)
+        before = np.cumsum(per_group) - per_group
+        before_context = np.repeat(before[::n_batches], n_batches)
+        lone, empty = per_group == 0, per_context == 0
+        first = np.where(empty, 0, np.where(lone, before_context, before))
+        count = np.where(empty, len(controls), np.where(lone, per_context, per_group))
+        self.controls = torch.from_numpy(by_group).to(device)
         self.control_first = torch.from_numpy(first).to(device)
-        self.control_count = torch.from_numpy(np.where(per_batch > 0, per_batch, len(controls))).to(device)
+        self.control_count = torch.from_numpy(count).to(device)
 
     def draw(self, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Draw ``size`` cells of each label (B,), and their controls; both (B, size)."""
         place = torch.rand(len(labels), size, device=self.device)
         slot = labels + 1
         cells = self.order[self.first[slot][:, None] + (place * self.count[slot][:, None]).long()]
-        return cells, self.draw_controls(self.batch[cells])
+        return cells, self.draw_controls(self.group[cells])
 
-    def draw_controls(self, batch: Tensor) -> Tensor:
-        """Draw a control cell for each batch code, of any shape."""
-        place = torch.rand(batch.shape, device=self.device)
-        return self.controls[self.control_first[batch] + (place * self.control_count[batch]).long()]
+    def draw_controls(self, group: Tensor) -> Tensor:
+        """Draw a control cell for each code of batch and context, of any shape."""
+        place = torch.rand(group.shape, device=self.device)
+        return self.controls[self.control_first[group] + (place * self.control_count[group]).long()]

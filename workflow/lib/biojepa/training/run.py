@@ -23,7 +23,14 @@ from biojepa.contracts import TRAIN
 from biojepa.linear_branch import LeftOut, LinearBranch, fit_branch
 from biojepa.model.biojepa import BioJEPA
 from biojepa.model.embedding import CellEmbedding, PCAProjection
-from biojepa.pairs import CONTROL_CODE, Pairs, refuse_leaked_pairs, trainable_labels, validation_labels
+from biojepa.pairs import (
+    CONTROL_CODE,
+    Pairs,
+    declare_use,
+    refuse_leaked_pairs,
+    trainable_labels,
+    validation_labels,
+)
 from biojepa.probes import MAX_CELLS, linear_probes
 from biojepa.readout import Readout, calibrate_scale, fit_readout, gate
 from biojepa.training.cells import CellStore, Populations, spread
@@ -108,6 +115,12 @@ class _Fold:
             cells=torch.from_numpy(pairs.cells_of(TRAIN)).to(device),
             classes=torch.from_numpy(number[pairs.perturbation]).to(device),  # control, -1, reads the last
         )
+
+    @property
+    def learned_labels(self) -> np.ndarray:
+        """Labels whose cells or means teach: those of ``cells``, and those of ``train``."""
+        owner = self.pairs.perturbation[self.cells.cpu().numpy()]
+        return np.union1d(owner[owner != CONTROL_CODE], self.train)
 
     @property
     def controls(self) -> Tensor:
@@ -207,7 +220,15 @@ def train_model(
         )
         model = TrainedModel(
             settings=settings,
-            facts=dict(pairs.facts),
+            facts={
+                **pairs.facts,
+                **declare_use(
+                    pairs,
+                    fold.learned_labels,
+                    fold.validation,
+                    *([encoder_from.facts] if encoder_from is not None else []),
+                ),
+            },
             genes=pairs.genes,
             embedding=embedding,
             predictor=predictor,
@@ -304,7 +325,6 @@ class _Summary:
 def _linear_branch(
     fold: _Fold, summary: _Summary, readout: Readout, settings: TrainSettings
 ) -> tuple[LinearBranch, LeftOut]:
-    _, deviation = fold.store.moments(fold.controls)
     change = summary.tokens[fold.train] - summary.control_tokens
     return fit_branch(
         fold.pairs,
@@ -312,10 +332,21 @@ def _linear_branch(
         summary.delta[fold.train],
         change.flatten(1).double().cpu().numpy(),
         summary.control_expression,
-        deviation.square().double().cpu().numpy(),
+        _variance_of_controls(fold).double().cpu().numpy(),
         readout.weight.double().cpu().numpy(),
         settings.latent_share,
     )
+
+
+def _variance_of_controls(fold: _Fold) -> Tensor:
+    """Variance (genes,) of the expression of control cells, that within contexts where one is held out."""
+    controls = fold.controls
+    if fold.pairs.context is None:
+        return fold.store.moments(controls)[1].square()
+    place = torch.from_numpy(fold.pairs.context.astype(np.int64)).to(controls.device)[controls]
+    parts = [controls[place == code] for code in place.unique()]
+    within = [len(part) * fold.store.moments(part)[1].square() for part in parts]
+    return torch.stack(within).sum(dim=0) / len(controls)
 
 
 @dataclass(frozen=True)
@@ -499,13 +530,30 @@ def embed(embedding: CellEmbedding, store: CellStore, cells: Tensor, block: int 
 
 
 def label_means(pairs: Pairs, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean tokens of each label (labels, T, D), NaN without cells, and of the controls (T, D)."""
+    """Mean tokens of each label (labels, T, D), NaN without cells, and of the controls (T, D).
+
+    In the scheme context both are given as of the held-out context, as by :meth:`Pairs.pseudobulk`.
+    """
     owner = torch.from_numpy(pairs.perturbation.astype(np.int64)).to(tokens.device) - CONTROL_CODE
-    sums = torch.zeros(len(pairs.labels) + 1, *tokens.shape[1:], dtype=torch.float64, device=tokens.device)
-    sums.index_add_(0, owner, tokens.double())
+    sums = _token_sums(tokens, owner, len(pairs.labels) + 1)
     counts = torch.bincount(owner, minlength=len(sums)).double()
-    means = (sums / counts[:, None, None]).float()
-    return means[1:], means[0]
+    means = sums / counts[:, None, None]
+    if pairs.context is None:
+        means = means.float()
+        return means[1:], means[0]
+    place = torch.from_numpy(pairs.context_of_controls()).to(tokens.device)
+    of_controls = _token_sums(tokens, place, len(pairs.contexts) + 1)[:-1]
+    relocated = pairs.in_held_out_context(
+        means[1:].flatten(1).cpu().numpy(), of_controls.flatten(1).cpu().numpy()
+    )
+    labels, control = (torch.from_numpy(part).float().to(tokens.device) for part in relocated)
+    return labels.view(-1, *tokens.shape[1:]), control.view(tokens.shape[1:])
+
+
+def _token_sums(tokens: Tensor, owner: Tensor, n_owners: int) -> Tensor:
+    """Sum the tokens (cells, T, D) of each owner, (owners, T, D) float64."""
+    sums = torch.zeros(n_owners, *tokens.shape[1:], dtype=torch.float64, device=tokens.device)
+    return sums.index_add_(0, owner, tokens.double())
 
 
 def _peak_memory(device: torch.device) -> float:
