@@ -3,9 +3,11 @@
 Question: are all metrics of pseudobulks and the bootstrap of 2,000 perturbations × 8,000 genes × 12
 models done in two minutes on two cores, in less than 4 GB?
 Method: simulate a screen and predictions, write the files that the pipeline writes, and run the
-evaluation and the report on them. Seconds and processor seconds of a part exclude the parts within it;
-peak memory is the resident set of the whole process while the part ran. The cells are few per
-perturbation: their number costs one pass over the file and nothing else.
+evaluation and the report on them, with all checks of what training read. Seconds and processor seconds
+of a part exclude the parts within it; peak memory is the resident set of the whole process while the part
+ran. The cells are few per perturbation: their number costs three passes over the file (moments, genes
+chosen again, cells of the distribution metrics) and nothing else. Each fold keeps the 8,000 most variable
+of 10,000 measured genes. Of ``pairs.h5``, expression is left out, which the evaluation never reads there.
 
 Usage::
 
@@ -32,6 +34,7 @@ from types import ModuleType
 from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -45,12 +48,18 @@ from biojepa.contracts import (  # noqa: E402
     CONTROL,
     PERTURBATION_TABLE_COLUMNS,
     QC_COLUMNS,
+    SELECTED_ON,
+    SOURCES,
+    TRAINED_ON,
 )
 from biojepa.evaluation import evaluate as stage  # noqa: E402
+from biojepa.evaluation import leakage  # noqa: E402
 from biojepa.evaluation.predictions import PredictionFile  # noqa: E402
 from biojepa.evaluation.settings import EvaluationSettings  # noqa: E402
 from biojepa.evaluation.splits import FoldSplit, read_split  # noqa: E402
 from biojepa.files import sha256_of, write_json, write_tsv  # noqa: E402
+from biojepa.labels import genes_of  # noqa: E402
+from biojepa.pairs import CONTROL_CODE, gene_moments_of_groups, select_genes  # noqa: E402
 from biojepa.report import build_report  # noqa: E402
 from biojepa.report.read import ReportFiles, Run, read_report  # noqa: E402
 
@@ -70,10 +79,23 @@ NAMES = (
 WITH_SD = ("biojepa", "pca_predictor")
 COMBINATIONS = 0.2
 CELLS, CONTROLS = 20, 2000
+# Measured genes for each one that a fold keeps.
+MEASURED = 1.25
+# Prior sources: share of the perturbed genes that they cover. Their codes are noise.
+COVERED = {"network": 0.9, "gene_sets": 0.6}
+CODE_DIM = 64
 N_SETS, SET_SIZE = 50, 100
 
 # Which function of the evaluation a part is; what runs in none of them is *other*.
+PARTS_OF_CHECKS = {
+    "check_training_cells": "checks: cells and sets that training read",
+    "check_sets": "checks: cells and sets that training read",
+    "check_gene_selection": "checks: genes chosen again",
+}
 PARTS = {
+    "check_declared": "checks: what models declare",
+    "fold_evidence": "checks: likeness of prior codes",
+    "check_priors": "checks: likeness of prior codes",
     "collect_moments": "moments: one pass over the cells",
     "assemble_fold": "truth of the folds",
     "score_prediction": "metrics",
@@ -84,6 +106,7 @@ PARTS = {
     "enrichment_table": "prerank",
     "observed_cells": "distribution metrics",
     "distribution_scores": "distribution metrics",
+    "read_prior_codes": "strata and trust",
     "perturbation_properties": "strata and trust",
     "strata_table": "strata and trust",
     "trust_table": "strata and trust",
@@ -171,10 +194,10 @@ def labels_of(n: int, rng: np.random.Generator) -> list[str]:
 
 
 def simulate(folder: Path, arguments: argparse.Namespace) -> None:
-    """Write cells, splits, predictions and gene sets to ``folder``."""
+    """Write cells, splits, what training read, predictions and gene sets to ``folder``."""
     rng = np.random.default_rng(0)
     labels = labels_of(arguments.perturbations, rng)
-    genes = [f"G{i:05d}" for i in range(arguments.genes)]
+    genes = [f"G{i:05d}" for i in range(int(MEASURED * arguments.genes))]
     base = rng.gamma(0.5, 0.4, len(genes))
     shared = rng.normal(0, 0.1, len(genes))
     single = {
@@ -197,7 +220,10 @@ def simulate(folder: Path, arguments: argparse.Namespace) -> None:
     deal = rng.integers(arguments.folds, size=len(labels))
     for fold in range(arguments.folds):
         write_split(folder, fold, labels, deal, arguments.folds)
-        write_predictions(folder, fold, arguments, means, genes, rng)
+    codes = codes_of(labels, rng)
+    for fold, columns in enumerate(write_pairs(folder, arguments, obs, genes, codes)):
+        kept = {label: mean[columns] for label, mean in means.items()}
+        write_predictions(folder, fold, arguments, kept, [genes[column] for column in columns], rng)
     lines = [
         "\t".join([f"SET{k}", "", *rng.choice(genes, min(SET_SIZE, len(genes) // 2), replace=False)])
         for k in range(N_SETS)
@@ -220,6 +246,60 @@ def write_split(folder: Path, fold: int, labels: list[str], deal: np.ndarray, n_
     write_json({"fold": fold, "sha256": sha256_of(path), "scheme": "perturbation"}, path.with_suffix(".json"))
 
 
+def codes_of(labels: list[str], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Return codes of unit length, source to (perturbed genes, dimensions); zero where it covers nothing."""
+    n = len({gene for label in labels for gene in genes_of(label)})
+    codes = {}
+    for source, share in COVERED.items():
+        values = rng.standard_normal((n, CODE_DIM))
+        values /= np.linalg.norm(values, axis=1, keepdims=True)
+        codes[source] = np.where(rng.random((n, 1)) < share, values, 0).astype(np.float32)
+    return codes
+
+
+def write_pairs(
+    folder: Path,
+    arguments: argparse.Namespace,
+    obs: pd.DataFrame,
+    genes: list[str],
+    codes: dict[str, np.ndarray],
+) -> list[np.ndarray]:
+    """Choose the genes of every fold on its training cells; write what is read of ``pairs.h5``.
+
+    Returns
+    -------
+    The positions of the chosen genes, by fold.
+    """
+    carried = obs["perturbation"].astype(str)
+    tables = [pd.read_csv(folder / f"fold{fold}.tsv", sep="\t") for fold in range(arguments.folds)]
+    labels_in = [table.groupby("set")["perturbation"].agg(list) for table in tables]
+    masks = [carried.isin([*members["train"], CONTROL]).to_numpy() for members in labels_in]
+    with h5py.File(folder / "cells.h5ad", "r") as cells:
+        moments = gene_moments_of_groups(cells["X"], masks, len(genes))
+    perturbed = sorted({gene for label in tables[0]["perturbation"] for gene in genes_of(label)})
+    columns = [select_genes(*moment, arguments.genes, np.isin(genes, perturbed)) for moment in moments]
+    kind = json.dumps({source: {"kind": source, "file": source} for source in codes})
+    for fold, (table, members) in enumerate(zip(tables, labels_in, strict=True)):
+        kept = carried[~carried.isin(members["test"])]
+        position = pd.Index(table["perturbation"]).get_indexer(kept)
+        names = {
+            "cell_names": kept.index,
+            "labels": table["perturbation"],
+            "sets": table["set"],
+            "genes": [genes[column] for column in columns[fold]],
+            "perturbed_genes": perturbed,
+        }
+        with h5py.File(folder / f"fold{fold}.pairs.h5", "w") as file:
+            file.attrs.update({"split_sha256": sha256_of(folder / f"fold{fold}.tsv"), SOURCES: kind})
+            file["cells/perturbation"] = np.where(position < 0, CONTROL_CODE, position).astype(np.int32)
+            for name, values in names.items():
+                text = np.array(values, dtype=object)
+                file.create_dataset(f"names/{name}", data=text, dtype=h5py.string_dtype())
+            for source, values in codes.items():
+                file[f"codes/{source}"] = values
+    return columns
+
+
 def write_predictions(
     folder: Path,
     fold: int,
@@ -232,6 +312,10 @@ def write_predictions(
     table = pd.read_csv(folder / f"fold{fold}.tsv", sep="\t")
     center = np.mean([means[label] for label in table.loc[table["set"] == "train", "perturbation"]], axis=0)
     rows = table[table["set"] != "train"]
+    declared = {
+        key: table.loc[table["set"] == name, "perturbation"].tolist()
+        for key, name in ((TRAINED_ON, "train"), (SELECTED_ON, "val"))
+    }
     change = np.stack([means[label] for label in rows["perturbation"]]) - center
     obs = rows[["perturbation", "set"]].assign(context="all", n_cells=CELLS)
     obs.index = pd.Index(rows["perturbation"].astype(str), name=None)
@@ -240,9 +324,9 @@ def write_predictions(
         noise = scale * rng.standard_normal(change.shape, dtype=np.float32)
         X = np.maximum(center + share * change + noise, 0).astype(np.float32)
         layers = {"sd": np.full(X.shape, scale, dtype=np.float32)} if model in WITH_SD else {}
-        ad.AnnData(X, obs=obs, var=pd.DataFrame(index=genes), layers=layers).write_h5ad(
-            folder / f"fold{fold}.{model}.{seed}.h5ad"
-        )
+        content = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=genes), layers=layers)
+        content.uns["provenance"] = json.dumps(declared)
+        content.write_h5ad(folder / f"fold{fold}.{model}.{seed}.h5ad")
 
 
 def runs_of(arguments: argparse.Namespace) -> list[tuple[str, int]]:
@@ -270,7 +354,8 @@ def write_tables(folder: Path, labels: list[str]) -> None:
 def measure(folder: Path, arguments: argparse.Namespace) -> pd.DataFrame:
     """Evaluate the screen and build its report; return what each part took."""
     watch = Watch()
-    instrument(stage, watch)
+    instrument(stage, PARTS, watch)
+    instrument(leakage, PARTS_OF_CHECKS, watch)
     splits: list[FoldSplit] = []
     files: list[PredictionFile] = []
     for fold in range(arguments.folds):
@@ -285,11 +370,14 @@ def measure(folder: Path, arguments: argparse.Namespace) -> pd.DataFrame:
             files,
             EvaluationSettings(),
             folder / "sets.gmt" if arguments.prerank else None,
+            [folder / f"fold{split.fold}.pairs.h5" for split in splits],
         )
     with watch.part("writing tables"):
         write_tsv(result.metrics, folder / "metrics.tsv")
         write_tsv(result.summary, folder / "summary.tsv")
         write_tsv(result.enrichment, folder / "enrichment.tsv")
+        write_tsv(result.strata, folder / "strata.tsv")
+        write_tsv(result.trust, folder / "trust.tsv")
         write_json(result.verdict, folder / "verdict.json")
         result.observed.write_h5ad(folder / "observed.h5ad", compression="gzip")
     del result
@@ -307,6 +395,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> pd.DataFrame:
                     perturbations=folder / "perturbations.tsv",
                     predictions=[file.path for file in files],
                     prediction_runs=[Run(file.model, file.fold, file.seed) for file in files],
+                    strata=folder / "strata.tsv",
+                    trust=folder / "trust.tsv",
                 ),
                 dataset="simulated",
                 split="perturbation",
@@ -317,9 +407,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> pd.DataFrame:
     return watch.table()
 
 
-def instrument(module: ModuleType, watch: Watch) -> None:
-    """Count the functions of ``PARTS`` that ``module`` calls."""
-    for name, part in PARTS.items():
+def instrument(module: ModuleType, parts: dict[str, str], watch: Watch) -> None:
+    """Count the functions of ``parts`` that ``module`` calls."""
+    for name, part in parts.items():
         setattr(module, name, watch.wrapped(part, getattr(module, name)))
 
 

@@ -286,7 +286,10 @@ def test_every_check_runs_on_an_honest_run_and_passes(finished):
         "prior sources do not look like the responses of held-out perturbations",
     ):
         assert words in checks, words
-    assert [item["kind"] for item in sentinels].count("statistical") == 1
+    kinds = [item["kind"] for item in sentinels]
+    assert kinds.count("statistical") == 1
+    # What models declare in each fold, what prior codes were read from, and who reads pairs.h5 alone.
+    assert kinds.count("stated") == len(FOLDS) + 2
 
 
 def test_models_of_the_pipeline_declare_what_they_used(finished, files):

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import quote, unquote, urlsplit
 
 import pandas as pd
@@ -24,8 +25,15 @@ def browser_path() -> str:
     """Where a Chromium is: ``CHROMIUM`` names one, or the first on the path."""
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
-        pytest.skip("no Chromium here: apt-get install chromium, or name one: CHROMIUM=/path/to/chromium")
+        not_here("no Chromium here: apt-get install chromium, or name one: CHROMIUM=/path/to/chromium")
     return found
+
+
+def not_here(reason: str) -> NoReturn:
+    """Skip for lack of a browser; fail where ``BIOJEPA_REQUIRE_BROWSER`` says that there is one."""
+    if os.environ.get("BIOJEPA_REQUIRE_BROWSER"):
+        pytest.fail(f"BIOJEPA_REQUIRE_BROWSER is set, but {reason}")
+    pytest.skip(reason)
 
 
 @dataclass
@@ -68,7 +76,10 @@ class Report:
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here: ./run.sh test")
+    try:
+        from playwright import sync_api
+    except ImportError:
+        not_here("no playwright here: ./run.sh test")
     path = browser_path()
     with sync_api.sync_playwright() as playwright:
         # A container's root cannot have Chromium's sandbox; the page under test is our own.
@@ -109,6 +120,15 @@ def phone(browser, path: Path):
     opened = Report.open(browser, path, PHONE)
     yield opened
     opened.close()
+
+
+@pytest.mark.parametrize(("required", "outcome"), [("1", pytest.fail), ("", pytest.skip)])
+def test_without_a_browser_these_tests_fail_only_where_one_is_required(monkeypatch, required, outcome):
+    monkeypatch.setenv("BIOJEPA_REQUIRE_BROWSER", required)
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(outcome.Exception, match="no Chromium here"):
+        browser_path()
 
 
 def scores(inputs: ReportInputs, metric: str, model: str) -> dict[str, float]:

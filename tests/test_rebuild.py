@@ -1,8 +1,10 @@
 """Reports and tables are made again from an archive of results, without training, byte by byte."""
 
+import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from workflow_case import Pipeline, files_below, jobs_of
@@ -36,11 +38,15 @@ def differing(archive, finished, names):
     return [one.name for one, other in paths if not one.exists() or one.read_bytes() != other.read_bytes()]
 
 
-def test_tables_and_report_are_rebuilt_from_cells_splits_and_predictions(archive, finished):
-    """Of the raw data, only the gene sets of the enrichment are there."""
+def give_gene_sets(archive, finished):
+    """Of the raw data, copy the gene sets of the enrichment."""
     sets = "resources/datasets/tiny/gene_sets.gmt"
     (archive.folder / sets).parent.mkdir(parents=True)
     shutil.copy2(finished.folder / sets, archive.folder / sets)
+
+
+def test_tables_and_report_are_rebuilt_from_cells_splits_and_predictions(archive, finished):
+    give_gene_sets(archive, finished)
     remove(
         archive, "tiny/perturbation/evaluate", "tiny/perturbation/report*", "index.html", "provenance.json"
     )
@@ -54,6 +60,37 @@ def test_tables_and_report_are_rebuilt_from_cells_splits_and_predictions(archive
     }
     assert {name.rsplit(".", 1)[1] for name in made} >= {"tsv", "json", "html", "svg", "h5ad"}
     assert differing(archive, finished, made | {"index.html"}) == []
+
+
+def test_scores_are_rebuilt_from_cells_splits_and_predictions_alone(archive, finished):
+    """Without ``pairs.h5`` every score is the same; what speaks of prior codes is empty, not guessed."""
+    give_gene_sets(archive, finished)
+    remove(archive, "**/pairs.h5", "tiny/perturbation/evaluate")
+    answer = archive.run("evaluated", config=ARCHIVED)
+    assert answer.returncode == 0, answer.stdout
+    assert jobs_of(answer.stdout) == {"evaluate": 1, "evaluated": 1}
+    scores = ("metrics.tsv", "summary.tsv", "enrichment.tsv", "observed.h5ad")
+    assert differing(archive, finished, {f"tiny/perturbation/evaluate/{name}" for name in scores}) == []
+
+    verdicts = [
+        json.loads(run.path("perturbation", "evaluate", "verdict.json").read_text(encoding="utf-8"))
+        for run in (archive, finished)
+    ]
+    changed = {key for key in verdicts[1] if verdicts[0][key] != verdicts[1][key]}
+    assert changed <= {"sentinels", "trust"}
+    unchecked = [row["check"] for row in verdicts[0]["sentinels"] if row["passed"] is None]
+    assert "what training read: cells, genes, sets and prior codes" in unchecked
+    trust = [
+        pd.read_csv(run.path("perturbation", "evaluate", "trust.tsv"), sep="\t")
+        for run in (archive, finished)
+    ]
+    alike = ["perturbation", "category", "predicted_effect", "predicted_effect_sd", "guess", "observed"]
+    pd.testing.assert_frame_equal(trust[0][alike], trust[1][alike], check_exact=True)
+    assert trust[0]["prior_coverage"].isna().all() and trust[1]["prior_coverage"].notna().all()
+    # A gene that training perturbed is its own nearest, by the split alone.
+    unseen = trust[0]["category"] == "single"
+    assert unseen.any() and trust[0].loc[unseen, "nearest_training_gene"].isna().all()
+    assert trust[1].loc[unseen, "nearest_training_gene"].notna().any()
 
 
 def test_a_report_is_rebuilt_from_scores_and_predictions_alone(archive, finished):

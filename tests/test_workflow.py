@@ -403,6 +403,7 @@ def test_snakemakes_own_report_carries_the_items(finished, tmp_path):
     with zipfile.ZipFile(target) as archive:
         names = {name.rsplit("/", 1)[1] for name in archive.namelist()}
     assert {"report.html", "headline.tsv", "calibration.svg", "scatter.svg"} <= names
+    assert {"index.html", "summary.tsv", "strata.tsv", "trust.tsv"} <= names
 
 
 def test_scripts_can_carry_the_preamble_of_snakemake(repo):

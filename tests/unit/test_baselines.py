@@ -11,7 +11,7 @@ from sklearn.linear_model import RidgeCV
 from training_case import KnownEffects, pairs_of
 
 from biojepa.baselines import BASELINES, PENALTIES, TrainingData, fit_baselines, fit_linear_branch
-from biojepa.contracts import SIMPLE_MODELS
+from biojepa.contracts import SIMPLE_MODELS, WITHOUT_TARGET
 from biojepa.other_screen import OtherScreen
 
 # Expression of genes A, B, M. Controls at (1, 1, 1); Δ is what is added below.
@@ -119,6 +119,14 @@ def test_knn_averages_the_perturbations_of_similar_codes():
     delta = dict(zip(pairs.labels, fit_baselines(pairs, ["knn"], neighbours=2)["knn"].delta, strict=True))
     np.testing.assert_allclose(delta["C"], np.mean([DELTA["A"], DELTA["A+B"]], axis=0), atol=1e-6)
     np.testing.assert_allclose(delta["V"], np.mean(list(DELTA.values()), axis=0), atol=1e-6)  # no code
+
+
+def test_linear_names_the_labels_without_a_measured_target():
+    # Of the genes A to E, V, only A and B are measured.
+    pairs = by_hand()
+    fitted = fit_baselines(pairs, ["linear", "mean"])
+    assert sorted(fitted["linear"].facts[WITHOUT_TARGET]) == ["C", "C+E", "D", "V"]
+    assert fitted["mean"].facts == {}
 
 
 def test_kernel_ridge_is_the_linear_branch():

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from biojepa.config import ConfigError, load_config
-from biojepa.contracts import SCHEMES
+from biojepa.contracts import NO_SPLIT, SCHEMES
 from biojepa.evaluation.settings import DistributionSettings, EnrichmentSettings, EvaluationSettings
 from biojepa.guides import GuideAssignment
 from biojepa.models import ABLATION_MODELS, known_models
@@ -39,10 +39,10 @@ SECTION_OF = {
 # Keys of a section that its settings class does not have, with where they are used.
 ELSEWHERE = {"train": {"baselines"}}
 TABLE = (
-    "dataset\tsource\tnetworks\tpathways\n"
-    "demo\tsimulator\t{download}/network.tsv.gz\t\n"
-    "mine\t{data_dir}/mine.h5ad\t\t\n"
-    "web\thttps://example.org/a/web_screen.h5ad?x=1\t\t\n"
+    "dataset\tsource\tnetworks\tpathways\tcell_type_column\tbatch_column\n"
+    "demo\tsimulator\t{download}/network.tsv.gz\t\tcell_line\tbatch\n"
+    "mine\t{data_dir}/mine.h5ad\t\t\t\t\n"
+    "web\thttps://example.org/a/web_screen.h5ad?x=1\t\t\t\t\n"
 )
 
 
@@ -212,7 +212,10 @@ def test_every_scheme_has_its_own_folds(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schemes": ["genes"]}, r"key schemes\.0: 'genes' is not one of \['perturbation', 'gene'"),
+        (
+            {"schemes": ["genes"]},
+            r"key schemes\.0: 'genes' is not one of \['perturbation', 'gene'.* Did you mean gene\?$",
+        ),
         (
             {"schemes": ["context"]},
             r"pair\.contexts: found nothing, though the scheme context is asked of demo; "
@@ -220,7 +223,36 @@ def test_every_scheme_has_its_own_folds(folder):
         ),
         ({"schemes": ["list"]}, r"pair\.list: found nothing, though the scheme list is asked of demo.*test:"),
         ({"schemes": ["list"], "pair": {"list": "lost.tsv"}}, r"pair\.list: no file lost\.tsv"),
-        ({"schemes": ["list"], "pair": {"list": {"validation": ["A"]}}}, r"key pair\.list: "),
+        (
+            {"schemes": ["list"], "pair": {"list": {"validation": ["A"]}}},
+            r"key pair\.list: 'test' is a required property",
+        ),
+        (
+            {"pair": {"list": {"tset": ["A"]}}},
+            r"key pair\.list: unknown key pair\.list\.tset\. Did you mean test\?",
+        ),
+        ({"pair": {"list": {"test": []}}}, r"key pair\.list\.test: \[\] should be non-empty"),
+        (
+            {"pair": {"list": 5}},
+            r"key pair\.list: found 5\. Expected: What the scheme list holds out: \{test",
+        ),
+        (
+            {"schemes": ["list"], "pair": {"list": {"test": ["A+B", "C"], "validation": ["D", "B + A"]}}},
+            r"^config, pair\.list: found A\+B under test and under validation; expected each",
+        ),
+        (
+            {"schemes": ["context"], "pair": {"contexts": ["K562"]}, "run": ["mine"]},
+            r"^config/datasets\.tsv, row mine, column cell_type_column: found nothing, though the scheme .*"
+            r"pair\.context_column is cell_type\)",
+        ),
+        (
+            {
+                "schemes": ["context"],
+                "pair": {"contexts": ["b1"], "context_column": "batch"},
+                "run": ["demo", "mine"],
+            },
+            r"^config/datasets\.tsv, row mine, column batch_column: found nothing",
+        ),
         (
             {"schemes": ["perturbation", "list"], "pair": {"list": {"test": ["A"]}}, "folds": [1]},
             r"folds: found \[1\]; expected a fold of the scheme list among them, 0 to 0 of demo",
@@ -245,7 +277,7 @@ def test_schemes_without_what_defines_them_are_refused_before_the_first_job(fold
 def test_protocols_of_the_schema_are_those_of_the_code():
     part = schema_of()["properties"]
     assert part["pair"]["properties"]["combination_protocol"]["enum"] == list(COMBINATION_PROTOCOLS)
-    assert part["schemes"]["items"]["enum"] == list(SCHEMES)
+    assert part["schemes"]["items"]["enum"] == [*SCHEMES, NO_SPLIT]
 
 
 def test_the_config_of_all_schemes_is_valid(monkeypatch):
@@ -409,13 +441,15 @@ def test_two_simulations_that_differ_may_inform_each_other(folder):
 
 def test_another_screen_is_a_model_of_the_datasets_that_name_one(folder):
     with_responses(folder, ("demo", "simulator", "mine"), ("mine", "{data_dir}/mine.h5ad", ""))
-    assert "other_screen" not in load().models
+    assert "other_screen" in load().models and "other_screen" in load().simple_models("demo")
     models = ["mean", "other_screen", "biojepa", "knn"]
     both = load(run=["demo", "mine"], models=models)
     assert both.simple_models("demo") == ["mean", "other_screen", "knn"]
     assert both.simple_models("mine") == ["mean", "knn"]
-    with pytest.raises(ConfigError, match="found other_screen, though no dataset of run names another"):
-        load(run=["mine"], models=models)
+    assert load(run=["mine"], models=models).simple_models("mine") == ["mean", "knn"]
+    # The record of a dataset names the models that it has.
+    named = {name: "other_screen" in both.resolved(name)["models"] for name in both.datasets}
+    assert named == {"demo": True, "mine": False}
     tested = {"overrides": {"demo": {"evaluate": {"model": "other_screen"}}}}
     assert load(models=models, **tested).settings("demo", "evaluate")["model"] == "other_screen"
     message = r"row mine, column responses: found no other screen, though evaluate\.model is other_screen"
@@ -536,7 +570,26 @@ def test_a_folder_is_read_file_by_file(folder):
         ({"run": ["demo", "demo"]}, r"key run: \['demo', 'demo'\] has non-unique elements"),
         ({"run": ["demmo"]}, r"run: demmo is in 0 rows of config/datasets\.tsv.*Did you mean demo\?"),
         ({"models": ["mean", "gears"]}, r"key models\.1: 'gears' is not one of"),
-        ({"models": ["ridge"]}, r"key models: .*does not contain.*training mean is always needed"),
+        (
+            {"models": ["ridge"]},
+            r"^config, key models: found no mean; expected it in the list\. .*training mean is always needed",
+        ),
+        ({"models": ["mean", "rigde"]}, r"key models\.1: 'rigde' is not one of .*\. Did you mean ridge\?$"),
+        ({"train": {"device": "gpus"}}, r"'gpus' is not one of \['auto', 'cpu', 'cuda'\]\. auto, .*cuda\.$"),
+        ({"train": {"device": "cud"}}, r"key train\.device: 'cud' is .* Did you mean cuda\?$"),
+        ({"evaluate": {"baselines": ["rigde"]}}, r"baselines: found rigde; .*\. Did you mean ridge\?$"),
+        (
+            {"evaluate": {"enrichment": {"models": ["kernel_rige"]}}},
+            r"^config, evaluate\.enrichment\.models: found kernel_rige; .*Did you mean kernel_ridge\?$",
+        ),
+        (
+            {"evaluate": {"distribution": {"models": ["biojepa", "zzz"]}}, "models": ["mean", "biojepa"]},
+            r"^config, evaluate\.distribution\.models: found zzz; .* Models of this config: mean, biojepa\.$",
+        ),
+        (
+            {"overrides": {"demo": {"evaluate": {"baselines": ["addtive"]}}}},
+            r"evaluate\.baselines: found addtive; .*Did you mean additive\?",
+        ),
         (
             {"models": ["mean", "shuffled_priors", "pca_predictor"], "evaluate": {"model": "pca_predictor"}},
             "shuffled_priors reuses the encoder of biojepa; add biojepa to the list",
@@ -616,16 +669,62 @@ def test_predictions_made_elsewhere_are_a_model_under_their_name(folder):
             [{**MINE, "predictions": "{data}/{fold}.h5ad"}],
             r"models, mine: found the placeholder \{data\}; expected any of \{dataset\}, \{split\}",
         ),
-        (
-            [MINE],
-            r"models, mine: no file mine/demo_perturbation_0_0\.h5ad, mine/demo_perturbation_1_0\.h5ad, .*"
-            r"mine/demo_perturbation_4_0\.h5ad\. Fix: ",
-        ),
     ],
 )
 def test_unusable_predictions_made_elsewhere_are_refused_before_any_job(folder, entries, message):
     with pytest.raises(ConfigError, match=message):
         load(models=["mean", *entries], evaluate={"model": "mean"})
+
+
+def test_files_of_predictions_made_elsewhere_may_be_missing_until_they_are_needed(folder):
+    (folder / "there.h5ad").touch()
+    (folder / "mine").mkdir()
+    (folder / "mine/demo_gene_0_0.h5ad").touch()
+    there = {"name": "there", "predictions": "there.h5ad"}
+    many = {"name": "many", "predictions": "{split}/{fold}/{seed}.h5ad"}
+    settings = {"evaluate": {"model": "mine"}, "schemes": ["gene", "none"]}
+    config = load(models=["mean", MINE, there, many], folds=[0, 2], seeds=list(range(6)), **settings)
+    # MINE names seeds; what it has for the first fold and seed is there.
+    first, second, fix = config.missing_predictions().split("\n")
+    wanted = [f"mine/demo_gene_{fold}_{seed}.h5ad" for fold in (0, 2) for seed in range(6)][1:]
+    assert first == f"config, models, mine: no file {', '.join(wanted[:10])} and 1 more"
+    wanted = [f"gene/{fold}/{seed}.h5ad" for fold in (0, 2) for seed in range(6)]
+    assert second == f"config, models, many: no file {', '.join(wanted[:10])} and 2 more"
+    assert "target paired" in fix and "{fold}" in fix
+    assert load(models=["mean", there], evaluate={"model": "there"}).missing_predictions() == ""
+
+
+def test_nothing_held_out_is_a_scheme_without_evaluation(folder):
+    assert load().evaluated_schemes == load().schemes == ["perturbation"]
+    config = load(schemes=["gene", "none"], folds=[2])
+    assert config.evaluated_schemes == ["gene"]
+    assert (config.folds("demo", "gene"), config.folds("demo", "none")) == ([2], [0])
+    assert load(schemes=["none"], folds=[2]).evaluated_schemes == []
+    with pytest.raises(
+        ConfigError, match=r"^config, folds: found \[7\]; expected 0 to 4, since pair\.n_folds"
+    ):
+        load(schemes=["none", "gene"], folds=[7])
+
+
+def test_models_of_the_evaluation_may_be_references_or_made_elsewhere(folder):
+    names = ["duplicate", "oracle", "mine", "multihot"]
+    settings = {"baselines": names, "enrichment": {"models": names}, "distribution": {"models": names}}
+    config = load(models=["mean", "biojepa", MINE], evaluate=settings)
+    assert config.settings("demo", "evaluate")["baselines"] == names
+
+
+def test_a_problem_of_every_dataset_is_told_once(folder):
+    with pytest.raises(ConfigError) as caught:
+        load(run=["demo", "mine"], evaluate={"baselines": ["rigde"]})
+    assert str(caught.value).count("rigde") == 1
+
+
+def test_contexts_may_come_from_either_column(folder):
+    for column in ("cell_type", "batch"):
+        pair = {"contexts": ["a"], "context_column": column}
+        assert load(schemes=["context"], pair=pair).folds("demo", "context") == [0]
+    pair = {"list": {"test": ["A+B"], "validation": ["A", "B"]}}
+    assert load(schemes=["list"], pair=pair).folds("demo", "list") == [0]
 
 
 def test_a_model_made_elsewhere_cannot_predict_what_the_config_asks_for(folder):

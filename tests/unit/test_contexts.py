@@ -143,14 +143,21 @@ def columns(names):
 
 def test_the_frozen_split_names_the_context_and_what_it_leaves_out(cells):
     facts = read_facts(cells.split_path)
+    # What stops a training in the other contexts is not unseen in this one.
+    stopped_by = {f"{label} @ RPE1" for label in labels_in(cells.table, VAL)}
+    assert stopped_by and facts["validation_elsewhere"] == sorted(stopped_by)
+    n_cells = {
+        label: int((cells.labels == label.split(" ")[0])[cells.context == "RPE1"].sum())
+        for label in stopped_by
+    }
     assert {key: facts[key] for key in ("scheme", "context", "context_column", "n_folds", "left_out")} == {
         "scheme": "context",
         "context": "RPE1",
         "context_column": "cell_type",
         "n_folds": 2,
-        "left_out": {"RARE @ RPE1": 4},
+        "left_out": {"RARE @ RPE1": 4, **n_cells},
     }
-    assert set(labels_in(cells.table, TEST)) == {f"{label} @ RPE1" for label in LABELS}
+    assert set(labels_in(cells.table, TEST)) == {f"{label} @ RPE1" for label in LABELS} - stopped_by
     assert set(labels_in(cells.table, TRAIN, VAL)) == {*LABELS, "RARE"}
 
 
@@ -289,7 +296,7 @@ def test_batches_without_controls_borrow_within_their_context_first():
 def test_the_truth_in_a_context_by_hand(cells):
     moments = collect_moments(cells.path, pd.Index(GENES), 0, cells.split.info)
     truth = assemble_fold(moments, cells.split, pd.Index(GENES))
-    assert truth.perturbations == sorted(f"{label} @ RPE1" for label in LABELS)
+    assert truth.perturbations == labels_in(cells.table, TEST) and len(truth.perturbations) > 2
     inside = cells.context == "RPE1"
     own = np.array([f"{label} @ RPE1" for label in cells.labels])
     in_b = half_b(cells.names[inside], 0, own[inside])
@@ -427,7 +434,8 @@ def test_the_map_of_cells_shows_a_context_as_held_out(cells, trained, monkeypatc
     own = np.where(cells.context == "RPE1", [f"{name} @ RPE1" for name in cells.labels], cells.labels)
     own = pd.Series(np.where(cells.labels == "control", "control", own), cells.names)
     sets = cells.split.table["set"]
-    assert set(own.index) - set(table.index) == set(own.index[own == "RARE @ RPE1"])
+    left_out = list(read_facts(cells.split_path)["left_out"])
+    assert set(own.index) - set(table.index) == set(own.index[own.isin(left_out)])
     expected = own[table.index].map(sets).fillna("control")
     assert (table["set"] == expected).all() and (table["perturbation"] == own[table.index]).all()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,14 +286,19 @@ def test_a_duplicate_made_with_other_halves_is_refused(screen, files):
     refused(screen, files, "a duplicate that differs from the mean of half A.*half_seed", half_seed=1)
 
 
-def test_a_mean_baseline_of_other_perturbations_is_reported(screen):
+def test_a_mean_baseline_of_other_perturbations_is_refused(screen):
     def shifted(content):
         content.X = content.X * np.float32(1.1)
         return content
 
-    result = evaluate(screen.cells, one_fold(screen), altered(screen, shifted, "mean"), SETTINGS)
-    failed = [entry["check"] for entry in result.verdict["sentinels"] if entry["passed"] is False]
-    assert failed == ["fold 0: the mean baseline is the mean of training perturbations"]
+    with pytest.raises(InputError, match=r"a mean baseline that differs from the mean over training"):
+        evaluate(screen.cells, one_fold(screen), altered(screen, shifted, "mean"), SETTINGS)
+
+
+def test_a_simple_model_under_test_is_compared_with_the_others(screen, files, result):
+    alone = evaluate(screen.cells, screen.splits, files, replace(SETTINGS, model="ridge"))
+    named = alone.summary[alone.summary["metric"] == "pearson_delta_perturbed_mean"]
+    assert set(result.summary["best_baseline"]) >= {"ridge"} and "ridge" not in set(named["best_baseline"])
 
 
 def test_strata_and_expected_accuracy_describe_the_test_perturbations(screen, files, result):

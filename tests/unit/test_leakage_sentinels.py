@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 from biojepa import pairing
-from biojepa.contracts import EXACT
+from biojepa.contracts import EXACT, STATED
 from biojepa.errors import InputError
 from biojepa.evaluation.leakage import (
     check_all,
@@ -97,8 +97,12 @@ def all_cells_choose(monkeypatch):
 
 def test_an_honest_fold_passes_every_check(fold):
     rows = check_all([fold.pairs], fold.cells, [fold.split])
-    assert [row["passed"] for row in rows] == [True] * 4
-    assert {row["kind"] for row in rows} == {EXACT}
+    assert [row["passed"] for row in rows] == [True] * 5
+    stated = [row["check"].split(" ")[:2] for row in rows if row["kind"] == STATED]
+    assert stated == [["prior", "codes:"], ["encoder,", "predictor,"]]
+    assert {row["kind"] for row in rows} == {EXACT, STATED}
+    (compared,) = [row["detail"] for row in rows if "no cell that training read" in row["check"]]
+    assert "encoder" not in compared
     details = {row["check"]: row["detail"] for row in rows}
     assert any("fold 0: 25, of 60" in text for text in details.values())
     counts = fold.split.table["set"].value_counts()
@@ -177,7 +181,7 @@ def test_a_model_that_trained_on_a_test_perturbation_is_caught(fold):
     honest = fold.prediction("good", trained_on=fold.split.labels("train"), selected_on=["G99"])
     (row,) = check_declared([honest], fold.split)
     n = len(fold.split.labels("train"))
-    assert row["passed"]
+    assert (row["passed"], row["kind"]) == (True, STATED)
     assert f"trained on at most {n} perturbations and selected by at most 1" in row["detail"]
     leaky = fold.prediction("bad", trained_on=[*fold.split.labels("train"), fold.tested[0]])
     with pytest.raises(LeakageError, match=r"bad0\.h5ad: bad was trained on 1 test perturbation") as caught:

@@ -131,8 +131,36 @@ def test_a_copy_of_this_screen_is_refused_whatever_it_is_called(tmp_path):
     copy = write_cells(tmp_path / "copy.h5ad", labels, np.log1p(3 * counts), genes, "c")
     with pytest.raises(LeakageError, match=r"copy\.h5ad holds about 100% of the perturbed cells"):
         read_other_screens(own, {"copy": copy})
-    another = write_cells(tmp_path / "another.h5ad", labels, np.log1p(counts[::-1]), genes, "c")
+    fresh = rng.poisson(2.0, (30, 20)) + 1
+    another = write_cells(tmp_path / "another.h5ad", labels, np.log1p(fresh), genes, "c")
     assert set(read_other_screens(own, {"another": another})) == {"another"}
+
+
+def test_a_copy_under_other_cell_names_in_another_order_with_other_genes_is_refused(tmp_path):
+    rng = np.random.default_rng(1)
+    labels = ["control"] * 40 + ["A"] * 80 + ["B"] * 80
+    counts = rng.poisson(0.7, (200, 60))
+    genes = [f"G{i}" for i in range(60)]
+    own = write_cells(tmp_path / "cells.h5ad", labels, np.log1p(counts), genes, "c")
+    order, kept = rng.permutation(200), rng.permutation(60)[:50]
+    renamed = write_cells(
+        tmp_path / "renamed.h5ad",
+        [labels[row] for row in order],
+        np.log1p(2.5 * counts[order][:, kept]),
+        [genes[column] for column in kept],
+        "renamed",
+    )
+    with pytest.raises(LeakageError, match=r"renamed\.h5ad holds about .*0 have the same name"):
+        read_other_screens(own, {"renamed": renamed})
+    # Three copied cells of 160 are more than one in a hundred; controls may be shared.
+    other = rng.poisson(0.7, (200, 60))
+    other[:40] = counts[:40]
+    path = write_cells(tmp_path / "controls.h5ad", labels, np.log1p(other), genes, "x")
+    assert set(read_other_screens(own, {"controls": path})) == {"controls"}
+    other[100:103] = counts[50:53]
+    path = write_cells(tmp_path / "some.h5ad", labels, np.log1p(other), genes, "x")
+    with pytest.raises(LeakageError, match=r"3 of 160 compared by content alone"):
+        read_other_screens(own, {"some": path})
 
 
 def test_without_another_screen_the_baseline_cannot_be_asked_for():

@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from biojepa.provenance import commit_of, environment, package_versions, record_of_run
+from biojepa.provenance import commit_of, environment, machine, package_versions, record_of_run
 
 
 def git(folder, *arguments):
@@ -25,6 +25,21 @@ def test_versions_are_those_that_are_imported():
 def test_the_environment_holds_nothing_that_changes_between_runs():
     assert environment() == environment()
     assert set(environment()) == {"packages", "machine"}
+
+
+def test_the_machine_is_named_with_processor_cores_and_memory(tmp_path, monkeypatch):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "processor : 0\nmodel name\t: Some  CPU @ 2.0GHz\nmodel name\t: Other\n", encoding="utf-8"
+    )
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 6 * 2**18, "SC_PAGE_SIZE": 4096}.__getitem__)
+    system = f"{platform.system()} {platform.machine()}"
+    assert machine(cpuinfo) == f"{system}, Some CPU @ 2.0GHz, 1 core, 6 GiB of memory"
+    monkeypatch.setattr("platform.processor", platform.machine)
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    monkeypatch.delattr("os.sysconf")
+    assert machine(tmp_path / "none") == system
 
 
 def test_the_commit_says_whether_files_were_changed(tmp_path):

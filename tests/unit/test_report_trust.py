@@ -154,14 +154,19 @@ def test_bins_hold_equal_shares_by_expected_accuracy() -> None:
         {"perturbation": [f"P{i:02d}" for i in range(20)], "expected": np.arange(20)[::-1] / 20}
     )
     table["observed"] = table["expected"] ** 2
-    bins = quantile_bins(table)
+    bins = quantile_bins(table, 0.95)
     low, high = np.arange(10) / 20, np.arange(10, 20) / 20
     assert bins["n"].tolist() == [10, 10]
     assert bins["expected"].tolist() == pytest.approx([low.mean(), high.mean()])
     assert bins["observed"].tolist() == pytest.approx([(low**2).mean(), (high**2).mean()])
     spread = 1.96 * (high**2).std() / np.sqrt(10)
     assert bins["high"][1] - bins["observed"][1] == pytest.approx(spread, rel=0.3)
-    assert quantile_bins(table.head(15)).empty
+    narrow = quantile_bins(table, 0.5)
+    # A normal interval of 50 % is 0.674 standard errors, one of 95 % 1.96.
+    assert (narrow["high"] - narrow["low"]).tolist() == pytest.approx(
+        (0.344 * (bins["high"] - bins["low"])).tolist(), rel=0.25
+    )
+    assert quantile_bins(table.head(15), 0.95).empty
 
 
 def test_without_skill_the_page_says_what_predict_does() -> None:

@@ -97,6 +97,44 @@ def test_gap_closed_is_a_ratio_of_pooled_means_with_mean_at_0_and_duplicate_at_1
         assert summary.loc["ridge", "gap_ci_low"] < gap["ridge"] < summary.loc["ridge", "gap_ci_high"]
 
 
+def test_beyond_the_best_value_is_no_better_than_short_of_it(values):
+    """A coverage of 0.95 is as far from 0.80 as one of 0.65 is."""
+    n = len(values)
+    scores = {"mean": 0.4, "duplicate": 0.8, "biojepa": 0.95, "ridge": 0.65, "knn": 0.8}
+    table = long_table({model: numbered(np.full(n, value)) for model, value in scores.items()}, "coverage_80")
+    gap = summary_of(table).xs(("all", "coverage_80"), level=["category", "metric"])["gap_closed"]
+    assert gap["biojepa"] == pytest.approx(gap["ridge"]) == pytest.approx(1 - 0.15 / 0.4)
+    assert gap["knn"] == pytest.approx(1)
+
+
+def test_a_perturbation_in_several_contexts_is_one_unit():
+    rng = np.random.default_rng(3)
+    genes = [f"P{i:02d}" for i in range(12)]
+    shared = dict(zip(genes, rng.normal(size=12), strict=True))
+    places = ("K562", "RPE1", "HEK")
+    labels = [f"{gene} @ {place}" for gene in genes for place in places]
+    scores = {
+        "biojepa": {label: shared[label.split(" ")[0]] for label in labels},
+        "ridge": dict.fromkeys(labels, 0.1),
+    }
+    table = next(
+        t
+        for t in tables_of(long_table(scores, category="other_context"))
+        if t.metric.name == CORRELATION and t.scope.name == "all"
+    )
+    alone = next(
+        t
+        for t in tables_of(long_table({"biojepa": shared, "ridge": dict.fromkeys(genes, 0.1)}))
+        if t.metric.name == CORRELATION and t.scope.name == "all"
+    )
+    # Three copies of the same scores say no more than one.
+    assert (table.scope.n_units, len(table.scope.perturbations)) == (12, 36)
+    np.testing.assert_allclose(table.draws[:, 0], alone.draws[:, 0])
+    gain = table.unit_differences("biojepa", "ridge")
+    np.testing.assert_allclose(gain, [shared[gene] - 0.1 for gene in genes])
+    assert wilcoxon_p(gain) == wilcoxon_p(alone.difference("biojepa", "ridge"))
+
+
 def test_gap_is_missing_where_the_duplicate_is_not_better_than_the_mean(values):
     noise = values - values.mean()
     for duplicate in (noise, -values):

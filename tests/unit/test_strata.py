@@ -93,7 +93,9 @@ def test_neighbours_and_coverage_come_from_codes_and_training_genes():
     assert table["prior_coverage"].tolist() == [1.0, 0.5, 1.0]
     bare = perturbation_properties([truth], [trained]).set_index("perturbation")
     assert bare["nearest_similarity"].isna().tolist() == [False, True, True]
-    assert bare["prior_coverage"].tolist() == [0, 0, 0]
+    assert bare["prior_coverage"].isna().all()
+    no_source = perturbation_properties([truth], [trained], [PriorCodes((), {})])
+    assert no_source["prior_coverage"].tolist() == [0, 0, 0]
 
 
 def test_a_perturbation_in_a_context_is_described_by_its_genes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from types import SimpleNamespace
@@ -161,6 +162,14 @@ def test_validation_perturbations_may_be_left_out(read):
     assert len(read(content[content.obs["perturbation"] != "GENE4"].copy()).rows) == 3
 
 
+@pytest.mark.parametrize("as_text", [True, False])
+def test_what_is_declared_is_spelled_as_in_the_split(read, as_text):
+    content = means()
+    said = {"trained_on": ["GENE0", "GENE6+ctrl"], "selected_on": ["GENE4"]}
+    content.uns["provenance"] = json.dumps(said) if as_text else said
+    assert read(content).declared == {"trained_on": ["GENE0", "GENE6"], "selected_on": ["GENE4"]}
+
+
 def test_the_same_split_and_what_trained_the_model_may_be_declared(read):
     content = means()
     content.obs["set"] = [SETS[label] for label in PREDICTED]
@@ -306,6 +315,55 @@ DAMAGED = {
         lambda w: declared(means(), provenance='{"trained_on": ["GENE0", "GENE5"]}'),
         r"provenance, trained_on: found 1 test perturbations of this fold, e\.g\. \['GENE5'\].*a leak",
     ),
+    "fitted to a test combination in another order": (
+        lambda w: declared(means(), provenance='{"trained_on": ["GENE3+GENE2"]}'),
+        r"provenance, trained_on: found 1 test perturbations of this fold, e\.g\. \['GENE2\+GENE3'\]",
+    ),
+    "chosen by a test perturbation, in a group": (
+        lambda w: declared(means(), provenance={"selected_on": ["GENE4", "GENE1"]}),
+        r"provenance, selected_on: found 1 test perturbations of this fold, e\.g\. \['GENE1'\]",
+    ),
+    "a number for labels": (
+        lambda w: declared(means(), provenance='{"trained_on": 5}'),
+        r"provenance, trained_on: found 5; expected a list of perturbations.*leave the key out",
+    ),
+    "nothing for labels": (
+        lambda w: declared(means(), provenance='{"selected_on": null}'),
+        r"provenance, selected_on: found None; expected a list of perturbations",
+    ),
+    "one label without a list": (
+        lambda w: declared(means(), provenance='{"trained_on": "GENE5"}'),
+        r"provenance, trained_on: found 'GENE5'; expected a list of perturbations",
+    ),
+    "numbers for labels": (
+        lambda w: declared(means(), provenance='{"trained_on": ["GENE0", 3]}'),
+        r"provenance, trained_on: found \['GENE0', 3\]; expected a list of perturbations",
+    ),
+    "provenance that is no JSON": (
+        lambda w: declared(means(), provenance="{trained_on: [GENE5]}"),
+        r"uns, provenance: found '\{trained_on: \[GENE5\]\}', which is no JSON.*expected a JSON object",
+    ),
+    "provenance that is no object": (
+        lambda w: declared(means(), provenance='["GENE5"]'),
+        r"uns, provenance: found \['GENE5'\]; expected a JSON object",
+    ),
+    "shares of the total": (
+        lambda w: valued(means(), lambda x: (np.expm1(x) / TARGET).astype(np.float32)),
+        r"X: found an average of 0\.0\d+ times that of control cells, with the same genes.*"
+        r"share of the total.*write log1p",
+    ),
+    "log10": (
+        lambda w: valued(means(), lambda x: at(x / np.log(10), 0, 0, -0.001)),
+        r"X: found an average of 0\.4\d* times that of control cells, with the same genes.*base 10",
+    ),
+    "changes cut at zero": (
+        lambda w: valued(means(), lambda x: np.maximum(x - w.control, 0)),
+        r"as changes against control have.*add the control mean",
+    ),
+    "no change at all": (
+        lambda w: valued(means(), lambda x: 0 * x),
+        r"as changes against control have.*add the control mean",
+    ),
     "a row twice": (
         lambda w: repeated(means(), [0]),
         r"1 perturbations with several rows, e\.g\. \['GENE1'\], and 3 with one",
@@ -334,6 +392,24 @@ def test_what_is_off_is_named(name, read, wanted):
         read(damaged(wanted))
 
 
+@pytest.mark.parametrize("name", ["a row twice", "all rows twice", "NaN", "cells with NaN"])
+def test_one_mistake_is_one_problem(name, read, wanted):
+    """What follows from a mistake that was named is not named beside it."""
+    made = {"cells with NaN": lambda w: valued(single_cells(), lambda x: at(x.toarray(), 3, 2, np.nan))}
+    make = made.get(name) or DAMAGED[name][0]
+    with pytest.raises(InputError) as caught:
+        read(make(wanted))
+    assert "problems" not in str(caught.value)
+
+
+def test_nothing_is_said_of_the_scale_of_what_is_partly_missing(read):
+    content = valued(means(), lambda x: at(100 * x, 1, 2, np.nan))
+    with pytest.raises(InputError) as caught:
+        read(content)
+    assert "1 missing or infinite" in str(caught.value)
+    assert "logarithm" not in str(caught.value)
+
+
 def test_all_problems_are_in_one_message(read):
     content = relabelled(means(), GENE5="GENE5x")[:, 2:].copy()
     content.X[0, 0] = np.nan
@@ -360,11 +436,20 @@ def test_what_is_no_anndata_is_refused(tmp_path, wanted, content, message):
 
 def test_labels_of_a_held_out_context_are_found_by_label_or_by_column(tmp_path, wanted):
     labels = ["GENE1 @ K562", "GENE2+GENE3 @ K562"]
-    split = pd.DataFrame({"perturbation": ["GENE1", *labels], "set": ["train", "test", "test"]})
+    split = pd.DataFrame(
+        {"perturbation": ["GENE1", *labels, "GENE4"], "set": ["train", "test", "test", "val"]}
+    )
     placed = Wanted(split, GENES, wanted.control, TARGET, SHA)
     written = means(["GENE1 @ K562", "GENE3+GENE2 @ K562"])
     by_column = with_column(means(["GENE1", "GENE3+GENE2", "GENE1"]), context=["K562", "K562", "RPE1"])
-    for content in (written, by_column):
+    both = with_column(means(["GENE1 @ K562", "GENE3+GENE2 @ K562"]), context=["K562", "K562"])
+    # One row per perturbation and context, a validation perturbation in two of them, and in this one, where
+    # the split leaves it out.
+    all_contexts = with_column(
+        means(["GENE1", "GENE3+GENE2", "GENE4", "GENE4", "GENE4", "GENE1"]),
+        context=["K562", "K562", "RPE1", "HEK", "K562", "HEK"],
+    )
+    for content in (written, by_column, both, all_contexts):
         content.write_h5ad(tmp_path / "mine.h5ad")
         result = read_user_predictions(tmp_path / "mine.h5ad", placed)
         assert result.rows.tolist() == [1, 2]

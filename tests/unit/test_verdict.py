@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -52,6 +53,26 @@ def test_gap_closed_is_said_in_words():
         "It covers 56% of the way from the training mean to a technical duplicate"
         in verdict_of(scores())["sentence"]
     )
+
+
+def test_no_number_of_the_sentence_is_a_zero_with_a_sign():
+    rng = np.random.default_rng(0)
+    shared = rng.normal(0, 0.1, 40)
+    levels = {"mean": 0.0, "duplicate": 0.9, "ridge": -0.001, "biojepa": -0.0034}
+    models = {
+        name: {
+            f"P{i}": level + (common - shared.mean()) + (name == "biojepa") * step
+            for i, (common, step) in enumerate(zip(shared, 0.002 * np.tile([-1, 1], 20), strict=True))
+        }
+        for name, level in levels.items()
+    }
+    verdict = verdict_of(long_table(models, FIRST, category="single"), baselines=("ridge",))
+    made = verdict["details"][0]["comparisons"][0]
+    assert (made["outcome"], made["ci_high"] < 0, made["ci_high"] > -0.005) == (WORSE, True, True)
+    assert " 0.00 against 0.00, difference -0.002 (" in verdict["sentence"]
+    # On which side of 0 the interval ends decides, so it is told.
+    assert f"to {made['ci_high']:+.1g})" in verdict["sentence"]
+    assert not re.search(r"[-+]0\.00(?!\d)|-0%", verdict["sentence"])
 
 
 def test_too_few_perturbations_cannot_tell():

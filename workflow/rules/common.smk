@@ -25,7 +25,8 @@ except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
 DATASETS = CONFIG.datasets
-SCHEMES = CONFIG.schemes
+# Those that hold something out; the scheme none has models and a page, but no scores.
+SCHEMES = CONFIG.evaluated_schemes
 
 
 wildcard_constraints:
@@ -106,7 +107,7 @@ def folds_of_all(tail):
     return [
         f"{fold_folder(dataset, split, fold)}/{tail}"
         for dataset in DATASETS
-        for split in SCHEMES
+        for split in CONFIG.schemes
         for fold in get_folds(dataset, split)
     ]
 
@@ -126,11 +127,17 @@ def user_models():
 
 
 def get_user_file(wildcards):
-    """The file that the config names for a model whose predictions were made elsewhere."""
+    """The file that the config names for a model whose predictions were made elsewhere.
+
+    Asked for only where it is needed: the splits, to which its maker fits a model, are made without it.
+    """
     model = CONFIG.user_models[wildcards.model]
-    return model.path(
+    path = model.path(
         wildcards.dataset, wildcards.split, wildcards.fold, wildcards.seed
     )
+    if not Path(path).is_file() and (missing := CONFIG.missing_predictions()):
+        raise WorkflowError(missing)
+    return path
 
 
 def baseline_models():
@@ -341,8 +348,14 @@ def evaluations():
     return of_all_splits("evaluate/summary.tsv")
 
 
+def unevaluated():
+    """Datasets whose models are trained on everything, for a page that says so."""
+    return DATASETS if NO_SPLIT in CONFIG.schemes else []
+
+
 def reports():
-    return of_all_splits("report.html")
+    pages = [f"results/{dataset}/{NO_SPLIT}/report.html" for dataset in unevaluated()]
+    return [*of_all_splits("report.html"), *pages]
 
 
 def requests_of(split):

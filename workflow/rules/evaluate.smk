@@ -12,10 +12,28 @@ rule evaluate:
         gene_sets=get_pathways,
     output:
         metrics="results/{dataset}/{split}/evaluate/metrics.tsv",
-        summary="results/{dataset}/{split}/evaluate/summary.tsv",
+        summary=report(
+            "results/{dataset}/{split}/evaluate/summary.tsv",
+            caption="../report/summary.rst",
+            category="{dataset}",
+            subcategory="{split}",
+            labels={"item": "Scores of all models and metrics"},
+        ),
         enrichment="results/{dataset}/{split}/evaluate/enrichment.tsv",
-        strata="results/{dataset}/{split}/evaluate/strata.tsv",
-        trust="results/{dataset}/{split}/evaluate/trust.tsv",
+        strata=report(
+            "results/{dataset}/{split}/evaluate/strata.tsv",
+            caption="../report/strata.rst",
+            category="{dataset}",
+            subcategory="{split}",
+            labels={"item": "Scores by strata"},
+        ),
+        trust=report(
+            "results/{dataset}/{split}/evaluate/trust.tsv",
+            caption="../report/trust.rst",
+            category="{dataset}",
+            subcategory="{split}",
+            labels={"item": "Expected and observed accuracy"},
+        ),
         verdict="results/{dataset}/{split}/evaluate/verdict.json",
         truth="results/{dataset}/{split}/evaluate/observed.h5ad",
     log:

@@ -53,6 +53,8 @@ rule report:
         "logs/{dataset}/{split}/report.log",
     benchmark:
         "logs/benchmarks/{dataset}/{split}/report.tsv"
+    wildcard_constraints:
+        split="|".join(SCHEMES) or "(?!)",
     conda:
         "../../envs/report.yaml"
     threads: 1
@@ -69,13 +71,49 @@ rule report:
         "../scripts/report.py"
 
 
+rule unevaluated:
+    """Say what was trained on everything, and that nothing of it could be evaluated."""
+    input:
+        splits_info=get_fold_files("pair/split.json"),
+        train_metrics=get_training("metrics.json"),
+    output:
+        html=report(
+            "results/{dataset}/{split}/report.html",
+            caption="../report/unevaluated.rst",
+            category="{dataset}",
+            subcategory="{split}",
+            labels={"item": "Report"},
+        ),
+    log:
+        "logs/{dataset}/{split}/report.log",
+    wildcard_constraints:
+        split=NO_SPLIT,
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    params:
+        dataset="{dataset}",
+        trainings=lambda wildcards: shown_trainings(wildcards.dataset, wildcards.split),
+        schemes=SCHEMES,
+        predicts=CONFIG.predict is not None,
+        settings=lambda wildcards: CONFIG.resolved(wildcards.dataset),
+        library=library("unevaluated"),
+    script:
+        "../scripts/unevaluated.py"
+
+
 rule index:
     """Compare all datasets, splits and models on one page."""
     input:
         summaries=of_all_splits("evaluate/summary.tsv"),
         verdicts=of_all_splits("evaluate/verdict.json"),
     output:
-        html="results/index.html",
+        html=report(
+            "results/index.html",
+            caption="../report/index.rst",
+            category="All reports",
+            labels={"item": "All datasets and splits"},
+        ),
     log:
         "logs/index.log",
     conda:
@@ -83,9 +121,16 @@ rule index:
     threads: 1
     params:
         entries=[
-            {"dataset": dataset, "split": split}
+            {
+                "dataset": dataset,
+                "split": split,
+                "confidence": CONFIG.settings(dataset, "evaluate")["confidence"],
+            }
             for dataset in DATASETS
             for split in SCHEMES
+        ],
+        unevaluated=[
+            {"dataset": dataset, "split": NO_SPLIT} for dataset in unevaluated()
         ],
         library=library("index"),
     script:

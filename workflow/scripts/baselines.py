@@ -40,7 +40,7 @@ def main(snakemake) -> None:
             n_cells,
             pairs.genes,
             (control + prediction.delta[rows]).clip(min=0),  # a mean of log1p values cannot be negative
-            provenance={**environment(), "model": name, **pairs.facts, **used},
+            provenance={**environment(), "model": name, **pairs.facts, **used, **prediction.facts},
             sd=None if prediction.sd is None else prediction.sd[rows],
         )
 

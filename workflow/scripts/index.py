@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.files import read_tsv, write_text
 from biojepa.logs import log_to
-from biojepa.report import IndexEntry, build_index
+from biojepa.report import IndexEntry, UnevaluatedEntry, build_index
 
 
 def main(snakemake) -> None:
@@ -32,10 +32,17 @@ def main(snakemake) -> None:
                 split=record["split"],
                 summary=read_tsv(summary),
                 verdict=json.loads(Path(verdict).read_text(encoding="utf-8")),
+                confidence=record["confidence"],
                 href=Path(os.path.relpath(page, folder)).as_posix(),
             )
         )
-    write_text(build_index(reports), snakemake.output.html)
+    unevaluated = [
+        UnevaluatedEntry(
+            record["dataset"], record["split"], f"{record['dataset']}/{record['split']}/report.html"
+        )
+        for record in snakemake.params.unevaluated
+    ]
+    write_text(build_index(reports, unevaluated=unevaluated), snakemake.output.html)
 
 
 if __name__ == "__main__":

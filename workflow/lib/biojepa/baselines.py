@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from biojepa.additive_network import fit_additive_network
-from biojepa.contracts import OTHER_SCREEN
+from biojepa.contracts import OTHER_SCREEN, WITHOUT_TARGET
 from biojepa.labels import genes_of, is_combination, perturbation_of
 from biojepa.linear import AdditiveKernelRidge, Components, bilinear, nearest_neighbours, ridge
 from biojepa.other_screen import OtherScreen, predict_from_screens
@@ -89,10 +90,14 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted Δ ``(labels, genes)`` of all labels, and its standard deviation where the model has one."""
+    """Predicted Δ ``(labels, genes)`` of all labels, and its standard deviation where the model has one.
+
+    ``facts`` go into the provenance of the predictions.
+    """
 
     delta: np.ndarray
     sd: np.ndarray | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _no_change(data: TrainingData) -> Prediction:
@@ -150,7 +155,8 @@ def _linear(data: TrainingData) -> Prediction:
         len(columns) - missing,
         len(columns),
     )
-    return Prediction(delta)
+    without = [label for label, targets in zip(data.pairs.labels, columns, strict=True) if not targets]
+    return Prediction(delta, facts={WITHOUT_TARGET: without})
 
 
 def _multihot(data: TrainingData) -> Prediction:

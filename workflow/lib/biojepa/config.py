@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,16 @@ import yaml
 
 from biojepa.contracts import NO_SPLIT, OTHER_SCREEN
 from biojepa.errors import InputError
-from biojepa.models import encoder_source, is_baseline, is_head, resolve_settings
+from biojepa.labels import normalize_label
+from biojepa.models import (
+    ORACLES,
+    REFERENCES,
+    encoder_source,
+    is_baseline,
+    is_head,
+    known_models,
+    resolve_settings,
+)
 from biojepa.prediction_requests import ALL, read_requests
 from biojepa.prior_names import require_file_names
 from biojepa.sizes import with_named_sizes
@@ -195,8 +204,13 @@ class Config:
 
     @property
     def schemes(self) -> list[str]:
-        """Schemes of held-out perturbations."""
+        """Schemes, ``none`` among them where models are to be trained on everything."""
         return list(self.content["schemes"])
+
+    @property
+    def evaluated_schemes(self) -> list[str]:
+        """Schemes that hold something out, so that there is something to evaluate."""
+        return [scheme for scheme in self.schemes if scheme != NO_SPLIT]
 
     @property
     def seeds(self) -> list[int]:
@@ -220,11 +234,31 @@ class Config:
         return list(
             dict.fromkeys(
                 user.path(dataset, scheme, fold, seed)
-                for scheme in self.schemes
+                for scheme in self.evaluated_schemes
                 for fold in self.folds(dataset, scheme)
                 for seed in user.seeds(self.seeds)
             )
         )
+
+    def missing_predictions(self) -> str:
+        """Say which files of predictions made elsewhere are not there; nothing where all are."""
+        missing = [
+            f"config, models, {model}: no file " + _some(absent)
+            for model in self.user_models
+            if (absent := [path for path in self._files_of_user(model) if not Path(path).is_file()])
+        ]
+        if not missing:
+            return ""
+        fix = (
+            "Fix: make the splits first, with the target paired (snakemake paired --cores 4), and write the "
+            "predictions of every fold there; or correct the path, in which {dataset}, {split}, {fold} and "
+            "{seed} are filled in"
+        )
+        return "\n".join([*missing, fix])
+
+    def _files_of_user(self, model: str) -> list[str]:
+        files = (path for dataset in self.datasets for path in self.user_files(model, dataset))
+        return list(dict.fromkeys(files))
 
     def simple_models(self, dataset: str) -> list[str]:
         """List the simple models of a dataset; ``other_screen`` where its row names another screen."""
@@ -241,7 +275,9 @@ class Config:
 
     def resolved(self, dataset: str) -> dict[str, Any]:
         """All that determines the results of a dataset, for the record."""
-        general = {key: self.content[key] for key in ("schemes", "predict", "folds", "seeds", "models")}
+        general = {key: self.content[key] for key in ("schemes", "predict", "folds", "seeds")}
+        known = self.source(dataset).responses
+        general["models"] = [entry for entry in self.content["models"] if known or entry != OTHER_SCREEN]
         return {**general, "source": dict(self.source(dataset).row), **self._resolved[dataset]}
 
     def n_folds(self, dataset: str, scheme: str) -> int:
@@ -252,7 +288,9 @@ class Config:
         return 1 if scheme in ("list", NO_SPLIT) else pair["n_folds"]
 
     def folds(self, dataset: str, scheme: str) -> list[int]:
-        """Folds of a scheme to run: those of the key ``folds`` that it has, or all."""
+        """Folds of a scheme to run: those of the key ``folds`` that it has, or all; ``none`` has one."""
+        if scheme == NO_SPLIT:
+            return [0]
         n_folds, chosen = self.n_folds(dataset, scheme), self.content["folds"]
         return [fold for fold in (range(n_folds) if chosen is None else chosen) if fold < n_folds]
 
@@ -303,7 +341,8 @@ def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
     content = _with_defaults(_with_sizes(content), schema)
     sources = _read_sources(content, _read_schema(Path(schemas) / "datasets.schema.yaml"))
     resolved = Config(content, sources)
-    problems = list(_contradictions(resolved))
+    # What is wrong for every dataset is told once.
+    problems = list(dict.fromkeys(_contradictions(resolved)))
     if problems:
         raise ConfigError(_listing(problems))
     return resolved
@@ -316,11 +355,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         needed = None if is_baseline(model) or model in config.user_models else encoder_source(model)
         if needed and needed not in config.models:
             yield f"config, models: {model} reuses the encoder of {needed}; add {needed} to the list"
-    if OTHER_SCREEN in config.models and not any(config.source(name).responses for name in config.datasets):
-        yield (
-            f"config, models: found {OTHER_SCREEN}, though no dataset of run names another screen. Fix: fill "
-            f"in the column responses of {config.content['datasets']}, or take {OTHER_SCREEN} out of the list"
-        )
     for dataset in config.datasets:
         tested = config.settings(dataset, "evaluate")["model"]
         if tested not in config.models:
@@ -331,10 +365,10 @@ def _contradictions(config: Config) -> Iterator[str]:
                 f"{config.content['datasets']}, row {dataset}, column responses: found no other screen, "
                 f"though evaluate.model is {OTHER_SCREEN}. Fix: fill in the column, or test another model"
             )
+        yield from _unknown_models(config, dataset)
         yield from _unusable_schemes(config, dataset)
         yield from _impossible_sizes(config.settings(dataset, "train"))
         yield from _unusable_address(config.source(dataset), config.content["datasets"])
-        yield from _missing_predictions(config, dataset)
         for column, path in () if config.archived else config.source(dataset).missing_files():
             yield (
                 f"{config.content['datasets']}, row {dataset}, column {column}: no file {path}. "
@@ -372,16 +406,19 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield str(error)
 
 
-def _missing_predictions(config: Config, dataset: str) -> Iterator[str]:
-    """Yield the files of predictions made elsewhere that should exist now and do not."""
-    for model in config.user_models.values():
-        missing = [path for path in config.user_files(model.name, dataset) if not Path(path).is_file()]
-        if missing and not config.archived:
-            listed = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if missing[10:] else "")
-            yield (
-                f"config, models, {model.name}: no file {listed}. Fix: write the predictions of every fold "
-                "there, or correct the path; {dataset}, {split}, {fold} and {seed} in it are filled in"
-            )
+def _unknown_models(config: Config, dataset: str) -> Iterator[str]:
+    """Yield names of models in the settings of the evaluation that nothing can ever have."""
+    known = [*known_models(), *REFERENCES, *ORACLES.values(), *config.user_models]
+    evaluate = config.settings(dataset, "evaluate")
+    lists = {
+        "baselines": evaluate["baselines"],
+        "enrichment.models": evaluate["enrichment"]["models"],
+        "distribution.models": evaluate["distribution"]["models"],
+    }
+    for key, names in lists.items():
+        for name in (name for name in names if name not in known):
+            hint = _nearest(name, known) or f"Models of this config: {', '.join(config.models)}."
+            yield f"config, evaluate.{key}: found {name}; expected names of models. {hint}"
 
 
 def _unusable_schemes(config: Config, dataset: str) -> Iterator[str]:
@@ -403,11 +440,22 @@ def _unusable_schemes(config: Config, dataset: str) -> Iterator[str]:
             )
         elif isinstance(pair["list"], str) and not Path(pair["list"]).is_file() and not config.archived:
             yield f"config, pair.list: no file {pair['list']}. Fix: correct the path"
-    sizes = {scheme: config.n_folds(dataset, scheme) for scheme in schemes}
+        elif isinstance(pair["list"], Mapping):
+            yield from _listed_twice(pair["list"])
+    column = f"{pair['context_column']}_column"
+    if "context" in schemes and not config.source(dataset).row[column]:
+        yield (
+            f"{config.content['datasets']}, row {dataset}, column {column}: found nothing, though the scheme "
+            f"context takes its contexts from there (pair.context_column is {pair['context_column']}). Fix: "
+            "name the column of the screen that holds them, or set pair.context_column to the other of "
+            "cell_type and batch"
+        )
+    sizes = {scheme: config.n_folds(dataset, scheme) for scheme in schemes if scheme != NO_SPLIT}
     high = [fold for fold in chosen or () if sizes and fold >= max(sizes.values())]
     if high:
         most = max(sizes, key=lambda scheme: sizes[scheme])
-        why = "pair.n_folds is" if most not in ("context", "list") else f"the folds of the scheme {most} are"
+        own = most in ("context", "list")
+        why = f"the folds of the scheme {most} are" if own else "pair.n_folds is"
         yield f"config, folds: found {high}; expected 0 to {sizes[most] - 1}, since {why} {sizes[most]}"
         return
     for scheme, n_folds in sizes.items():
@@ -416,6 +464,24 @@ def _unusable_schemes(config: Config, dataset: str) -> Iterator[str]:
                 f"config, folds: found {list(chosen)}; expected a fold of the scheme {scheme} among them, "
                 f"0 to {n_folds - 1} of {dataset}"
             )
+
+
+def _listed_twice(listed: Mapping[str, list[str]]) -> Iterator[str]:
+    """Yield perturbations that are to be both test and validation, in whatever order their genes come."""
+    sets = {name: {_spelled(label) for label in labels} for name, labels in listed.items()}
+    if both := sorted(sets["test"] & sets.get("validation", set())):
+        yield (
+            f"config, pair.list: found {_some(both)} under test and under validation; expected each "
+            "perturbation in one of them"
+        )
+
+
+def _spelled(label: str) -> str:
+    """Spell a label as the screen's are; as it is where it cannot be one, of which the split complains."""
+    try:
+        return normalize_label(label) or label
+    except InputError:
+        return label
 
 
 def _same_screens(config: Config, dataset: str) -> Iterator[str]:
@@ -582,17 +648,52 @@ def _problems(content: Any, schema: Mapping[str, Any], where: str) -> Iterator[s
     for error in sorted(
         validator.iter_errors(content), key=lambda error: list(map(str, error.absolute_path))
     ):
-        key = ".".join(str(part) for part in error.absolute_path)
-        place = f"{where}, key {key}" if key else where
-        if error.validator == "additionalProperties" and isinstance(error.instance, Mapping):
-            allowed = list(error.schema.get("properties", {}))
-            for name in (name for name in error.instance if name not in allowed):
-                near = difflib.get_close_matches(str(name), allowed, n=1)
-                hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(allowed)}."
-                yield f"{place}: unknown key {f'{key}.{name}' if key else name}. {hint}"
+        yield from _described(error, where)
+
+
+def _described(error: jsonschema.ValidationError, where: str) -> Iterator[str]:
+    """Yield what a violation is in words, with the nearest name for a name that does not exist."""
+    key = ".".join(str(part) for part in error.absolute_path)
+    place = f"{where}, key {key}" if key else where
+    schema = error.schema if isinstance(error.schema, Mapping) else {}
+    described = schema.get("description", "")
+    if error.validator == "additionalProperties" and isinstance(error.instance, Mapping):
+        allowed = list(schema.get("properties", {}))
+        for name in (name for name in error.instance if name not in allowed):
+            hint = _nearest(name, allowed) or f"Known keys: {', '.join(allowed)}."
+            yield f"{place}: unknown key {f'{key}.{name}' if key else name}. {hint}"
+    elif error.validator == "enum":
+        hint = _nearest(error.instance, error.validator_value)
+        yield " ".join(filter(None, [f"{place}: {error.message}.", described, hint]))
+    elif error.validator == "contains" and "const" in error.validator_value:
+        wanted = error.validator_value["const"]
+        yield f"{place}: found no {wanted}; expected it in the list. {described}".strip()
+    elif error.validator == "anyOf":
+        forms: dict[int, list[jsonschema.ValidationError]] = {}
+        for part in error.context:
+            forms.setdefault(part.relative_schema_path[0], []).append(part)
+        # The form that was meant is the one of this type; the others say nothing of use.
+        meant = [
+            parts for parts in forms.values() if all(part.validator != "type" or part.path for part in parts)
+        ]
+        if len(meant) == 1:
+            for part in meant[0]:
+                yield from _described(part, where)
         else:
-            described = error.schema.get("description", "") if isinstance(error.schema, Mapping) else ""
-            yield f"{place}: {error.message}. {described}".strip()
+            yield f"{place}: found {error.instance!r}. Expected: {described}"
+    else:
+        yield f"{place}: {error.message}. {described}".strip()
+
+
+def _nearest(name: object, known: Iterable[Any]) -> str:
+    """Ask whether the nearest of the known names was meant; nothing where none is near."""
+    near = difflib.get_close_matches(str(name), [str(one) for one in known], n=1)
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+def _some(names: list[str]) -> str:
+    """Join the first ten names, and count the others."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if names[10:] else "")
 
 
 def _with_sizes(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -52,7 +53,36 @@ def commit_of(folder: str | Path) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for the provenance of a result."""
-    return {"packages": package_versions(), "machine": f"{platform.system()} {platform.machine()}"}
+    return {"packages": package_versions(), "machine": machine()}
+
+
+def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Name system, processor, cores and memory of this machine, the same in each run on it.
+
+    A GPU is named by what uses one: the record of a training.
+    """
+    parts = [f"{platform.system()} {platform.machine()}", _processor(cpuinfo)]
+    cores = os.cpu_count()
+    if cores:
+        parts.append(f"{cores} core" + ("" if cores == 1 else "s"))
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        memory = 0
+    if memory > 0:
+        parts.append(f"{memory / 2**30:.0f} GiB of memory")
+    return ", ".join(filter(None, parts))
+
+
+def _processor(cpuinfo: Path) -> str:
+    """Return the name of the processor, empty where the system does not tell."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        name = platform.processor()
+        return "" if name == platform.machine() else name
+    found = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+    return " ".join(next(found, "").split())
 
 
 def record_of_run(

@@ -23,6 +23,9 @@ COMPARED_CELLS = 500
 LARGEST_OVERLAP = 0.01
 # Counts of two cells with fewer genes in common may be proportional by chance.
 MIN_SHARED_GENES = 5
+# Looked for by content alone, cells with fewer are too easily alike.
+MIN_HASHED_GENES = 10
+MAX_CANDIDATES = 3
 
 
 def mean_responses(cells_path: str | Path) -> tuple[tuple[str, ...], np.ndarray]:
@@ -119,12 +122,12 @@ def response_source(dataset: str, cells_path: str | Path) -> PriorSource:
 
 
 def refuse_same_cells(cells_path: str | Path, other_path: str | Path) -> None:
-    """Leakage sentinel: stop when another screen holds cells of this one, whatever its file is called.
+    """Leakage sentinel: stop when another screen holds cells of this one, whatever file and cells are called.
 
     A copy of the experiment, or a part of it, would give away the responses of held-out perturbations.
-    Cells are the same when they have the same name and the same counts up to a factor over the genes of
-    both files, so that neither normalization nor filters hide a copy; barcodes that coincide by chance are
-    no copy. Controls may be shared: they hold no response.
+    Cells are the same when they express the same genes with the same counts up to a factor, over the genes
+    of both files, so that neither names, normalization nor filters of cells hide a copy. Controls may be
+    shared: they hold no response.
 
     Parameters
     ----------
@@ -135,40 +138,96 @@ def refuse_same_cells(cells_path: str | Path, other_path: str | Path) -> None:
     ------
     LeakageError
         When more than ``LARGEST_OVERLAP`` of this screen's perturbed cells are in the other, estimated on
-        at most ``COMPARED_CELLS`` cells whose names are in both.
+        at most ``COMPARED_CELLS`` of them, those whose names are in both first.
     """
     with h5py.File(cells_path, "r") as own, h5py.File(other_path, "r") as other:
-        obs = read_elem(own["obs"])
-        perturbed = obs.index[(obs[PERTURBATION].astype(str) != CONTROL).to_numpy()]
-        names = perturbed.intersection(read_elem(other["obs"]).index)
-        compared = np.random.default_rng(0).permutation(names)[:COMPARED_CELLS]
-        same = 0
-        if len(compared):
-            rows = [_common_counts(file, compared, own, other) for file in (own, other)]
-            same = sum(_proportional(one, two) for one, two in zip(*rows, strict=True))
-    overlap = same / max(len(compared), 1) * len(names) / max(len(perturbed), 1)
+        obs, other_names = read_elem(own["obs"]), pd.Index(read_elem(other["obs"]).index)
+        perturbed = np.flatnonzero((obs[PERTURBATION].astype(str) != CONTROL).to_numpy())
+        genes = [pd.Index(read_elem(file["var"]).index) for file in (own, other)]
+        common = genes[0].intersection(genes[1]).sort_values()
+        columns = [index.get_indexer(common) for index in genes]
+        named = perturbed[obs.index[perturbed].isin(other_names)]
+        rng = np.random.default_rng(0)
+        by_name = np.sort(rng.permutation(named)[:COMPARED_CELLS])
+        at = other_names.get_indexer(obs.index[by_name])
+        pairs = [(place, [match]) for place, match in zip(by_name, at, strict=True)]
+        same_name = _count_same(own, other, columns, pairs)
+        sample = np.sort(rng.permutation(perturbed)[:COMPARED_CELLS])
+        pairs = _alike(own, other, columns, sample)
+        same_content = _count_same(own, other, columns, pairs)
+    overlap = max(
+        same_name / max(len(by_name), 1) * len(named) / max(len(perturbed), 1),
+        same_content / max(len(sample), 1),
+    )
     if overlap > LARGEST_OVERLAP:
         raise LeakageError(
             f"{other_path} holds about {overlap:.0%} of the perturbed cells of {cells_path}: "
-            f"{len(names)} have the same name, and {same} of {len(compared)} compared have the same counts, "
+            f"{len(named)} have the same name, {same_name} of {len(by_name)} compared of these and "
+            f"{same_content} of {len(sample)} compared by content alone have the same counts, "
             "so that responses of held-out perturbations would be given away. Fix: take that dataset out of "
             "the column responses"
         )
 
 
-def _common_counts(file: h5py.File, cells: np.ndarray, own: h5py.File, other: h5py.File) -> list[np.ndarray]:
-    """Take counts of ``cells`` over the genes of both files, up to a factor for each cell, in one order."""
-    genes = [pd.Index(read_elem(one["var"]).index) for one in (own, other)]
-    common = genes[0].intersection(genes[1]).sort_values()
-    columns = pd.Index(read_elem(file["var"]).index).get_indexer(common)
-    places = pd.Index(read_elem(file["obs"]).index).get_indexer(cells)
-    matrix, counts = file["X"], []
-    for place in places:
-        first, end = matrix["indptr"][place : place + 2]
-        dense = np.zeros(int(matrix.attrs["shape"][1]))
-        dense[matrix["indices"][first:end]] = np.expm1(matrix["data"][first:end].astype(np.float64))
-        counts.append(dense[columns])
-    return counts
+def _alike(
+    own: h5py.File, other: h5py.File, columns: Sequence[np.ndarray], sample: np.ndarray
+) -> list[tuple[int, list[int]]]:
+    """Pair sampled cells with the cells of the other file that express the same common genes, if any.
+
+    Cells are found by a hash of the genes they express, in one pass over each file.
+    """
+    code = np.random.default_rng(1).integers(1, 2**63, size=len(columns[0]), dtype=np.uint64)
+    hashes = _expressed(own, columns[0], code)
+    wanted: dict[int, list[int]] = {}
+    for place in sample[hashes[sample] > 0]:
+        wanted.setdefault(int(hashes[place]), []).append(int(place))
+    found: dict[int, list[int]] = {}
+    others = _expressed(other, columns[1], code)
+    for match in np.flatnonzero(np.isin(others, np.array(list(wanted), dtype=np.uint64))):
+        for place in wanted[int(others[match])]:
+            if len(found.setdefault(place, [])) < MAX_CANDIDATES:
+                found[place].append(int(match))
+    return sorted(found.items())
+
+
+def _expressed(file: h5py.File, columns: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """Hash the common genes that each cell expresses, (cells,); 0 below ``MIN_HASHED_GENES`` of them."""
+    weight = np.zeros(int(file["X"].attrs["shape"][1]), dtype=np.uint64)
+    weight[columns] = code
+    parts = [np.zeros(0, dtype=np.uint64)]
+    for _, data, indices, indptr in rows_of_matrix(file["X"]):
+        present = (data > 0) & (weight[indices] > 0)
+        row = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))[present]
+        totals = np.zeros(len(indptr) - 1, dtype=np.uint64)
+        np.add.at(totals, row, weight[indices[present]])
+        totals[np.bincount(row, minlength=len(totals)) < MIN_HASHED_GENES] = 0
+        parts.append(totals)
+    return np.concatenate(parts)
+
+
+def _count_same(
+    own: h5py.File,
+    other: h5py.File,
+    columns: Sequence[np.ndarray],
+    pairs: Sequence[tuple[int, list[int]]],
+) -> int:
+    """Count the cells of this screen that are proportional to one of their candidates in the other."""
+    return sum(
+        any(
+            _proportional(_counts(own, place, columns[0]), _counts(other, match, columns[1]))
+            for match in matches
+        )
+        for place, matches in pairs
+    )
+
+
+def _counts(file: h5py.File, place: int, columns: np.ndarray) -> np.ndarray:
+    """Read the counts of a cell over the genes of both files, up to a factor."""
+    matrix = file["X"]
+    first, end = matrix["indptr"][place : place + 2]
+    dense = np.zeros(int(matrix.attrs["shape"][1]))
+    dense[matrix["indices"][first:end]] = np.expm1(matrix["data"][first:end].astype(np.float64))
+    return dense[columns]
 
 
 def _proportional(one: np.ndarray, other: np.ndarray) -> bool:

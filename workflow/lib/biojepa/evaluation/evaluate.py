@@ -154,7 +154,7 @@ def evaluate(
     whole = WholeModelScores(make_scopes(tested, settings.draws, settings.seed))
     scores, sentinels = _score_all(folds, whole, settings)
     enrichment = pd.DataFrame(columns=list(ENRICHMENT_COLUMNS))
-    if gene_sets is not None:
+    if gene_sets is not None and settings.enrichment.max_perturbations:
         enrichment = _enrich(folds, scores, whole, gene_sets, settings)
         scores = pd.concat([scores, pathway_correlation(enrichment)], ignore_index=True)
     if settings.distribution.max_perturbations:
@@ -163,7 +163,9 @@ def evaluate(
     of_perturbations = scores[scores[PERTURBATION] != WHOLE_MODEL]
     tables = metric_tables(of_perturbations, whole, all_metrics(), whole.scopes)
     in_summary = [table for table in tables if table.scope.name not in (SEEN, UNSEEN)]
-    summary = summarize(in_summary, settings.baselines, settings.confidence)
+    # A simple model under test is compared with the others, as in the verdict.
+    rivals = [name for name in settings.baselines if name != settings.model]
+    summary = summarize(in_summary, rivals, settings.confidence)
     verdict = doubt(reach_verdict(tables, settings), read_by_training + sentinels)
     overall = {table.metric.name: table for table in tables if table.scope.name == ALL_CATEGORIES}
     strata, trust = _where_and_how_far(folds, of_perturbations, overall, settings, pairs)

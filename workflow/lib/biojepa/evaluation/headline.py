@@ -187,8 +187,12 @@ def _shares(weights: np.ndarray) -> np.ndarray:
     "combination",
     "min",
     "Is the prediction nearer to a combination than the sum of its singles? Below 0 is better",
-    "‖x̂ − x‖ − ‖c + Σ(x_single − c) − x‖, combinations whose singles were all trained",
+    "‖x̂ − x‖ − ‖max(c + Σ(x_single − c), 0) − x‖, combinations whose singles were all trained",
 )
 def additive_l2_difference(predicted: np.ndarray, truth: FoldTruth) -> np.ndarray:
-    """Compare the L2 error with the additive model's, paired; NaN where no additive model exists."""
-    return row_norms(predicted - truth.half_b) - row_norms(truth.additive - truth.half_b)
+    """Compare the L2 error with the additive model's, paired; NaN where no additive model exists.
+
+    The sum is cut at 0 as all predictions are: a mean of log1p values cannot be negative.
+    """
+    additive = np.maximum(truth.additive, 0.0)
+    return row_norms(predicted - truth.half_b) - row_norms(additive - truth.half_b)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from biojepa.contracts import ALL_CATEGORIES, CATEGORIES, CATEGORY, OTHER_CONTEXT, PERTURBATION
+from biojepa.labels import perturbation_of
 
 MIN_WHOLE_MODEL = 5
 # Keeps the draws of seeds apart from those of perturbations, which start from the number of their group.
@@ -52,6 +53,11 @@ class Scope:
     perturbations: pd.Index
     counts: np.ndarray
     seed: int = 0
+
+    @cached_property
+    def n_units(self) -> int:
+        """Number of perturbations, one in several contexts counted once."""
+        return units_of(self.perturbations)[0]
 
     def training_counts(self, trainings: Sequence[tuple[int, int]]) -> np.ndarray:
         """Return how often each training occurs in each bootstrap sample, (draws, trainings).
@@ -95,10 +101,26 @@ def make_scopes(tested: pd.DataFrame, draws: int, seed: int) -> dict[str, Scope]
     for position, (name, categories) in enumerate(SCOPES.items()):
         members = pd.Index(sorted(set(tested.loc[tested[CATEGORY].isin(categories), PERTURBATION])))
         if len(members):
-            rng = np.random.default_rng([seed, position])
-            counts = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=draws)
-            scopes[name] = Scope(name, tuple(categories), members, counts.astype(float), seed)
+            counts = draw_counts(members, draws, np.random.default_rng([seed, position]))
+            scopes[name] = Scope(name, tuple(categories), members, counts, seed)
     return scopes
+
+
+def draw_counts(members: pd.Index, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw perturbations with replacement: how often each of the sorted members occurs, (draws, n).
+
+    A perturbation that was tested in several contexts is drawn as one: what it does in one of them says
+    much of what it does in another, and an interval that took them for independent would be too narrow.
+    """
+    units, owner = units_of(members)
+    drawn = rng.multinomial(units, np.full(units, 1 / units), size=draws).astype(float)
+    return drawn[:, owner]
+
+
+def units_of(members: pd.Index) -> tuple[int, np.ndarray]:
+    """Count the perturbations behind labels that may name contexts, and number the one of each label."""
+    names, owner = np.unique([perturbation_of(str(label)) for label in members], return_inverse=True)
+    return len(names), owner
 
 
 @dataclass

@@ -89,6 +89,7 @@ def check_references(file: PredictionFile, prediction: Prediction, truth: FoldTr
     ------
     InputError
         If the duplicate is not half A: it may share cells with the truth, and the ceiling would be false.
+        If the mean baseline is not the mean of the training perturbations: the floor would be.
     """
     if file.model == CEILING:
         off = float(np.abs(prediction.mean - truth.half_a).max())
@@ -103,16 +104,16 @@ def check_references(file: PredictionFile, prediction: Prediction, truth: FoldTr
     if file.model == FLOOR:
         off = float(np.abs(prediction.mean - truth.perturbed_mean).max())
         if off > SAME_MEAN:
-            LOGGER.warning(
-                "%s: the mean baseline differs from the mean over training perturbations by up to %.3g;"
-                " cells were filtered before it was computed, or it saw other perturbations",
+            raise InputError(
                 file.path,
-                off,
+                f"a mean baseline that differs from the mean over training perturbations by up to {off:.3g}",
+                "the unweighted mean of the training perturbations of these cells, the zero of every scale",
+                "rerun the rule baselines: it saw other perturbations, or cells that were filtered since",
             )
         return [
             sentinel(
                 f"fold {file.fold}: the mean baseline is the mean of training perturbations",
-                off <= SAME_MEAN,
+                True,
                 f"largest difference {off:.2g}",
             )
         ]

@@ -42,7 +42,7 @@ class EnrichmentSettings:
         Gene sets kept at most: those with the most measured genes.
     max_perturbations
         Test perturbations scored at most: those with the most changed genes in half A, which the
-        score never sees. Bounds the run time.
+        score never sees. Bounds the run time; 0 turns it off.
     seed
         Seed of the permutations.
     """

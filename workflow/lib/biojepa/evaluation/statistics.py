@@ -23,6 +23,7 @@ from biojepa.evaluation.resampling import (
     interval,
     nan_mean,
     resampled_means,
+    units_of,
 )
 
 # Predictions are float32: the same prediction summed in another order is a tie, not a win.
@@ -83,6 +84,12 @@ class MetricTable:
         floor, ceiling = self.column(FLOOR), self.column(CEILING)
         if floor is None or ceiling is None or not self.dynamic_range(confidence)[1] > 0:
             return undefined, undefined.copy(), undefined.copy()
+        if self.metric.best not in ("max", "min"):
+            # What lies beyond the best value is no better than what falls short of it.
+            pooled, drawn = self.metric.goodness(self.mean), self.metric.goodness(self.draws)
+            point = _ratio(pooled - pooled[floor], pooled[ceiling] - pooled[floor])
+            ratio = _ratio(drawn - drawn[:, [floor]], drawn[:, [ceiling]] - drawn[:, [floor]])
+            return (point, *interval(ratio, confidence))
         if self.values is None:
             point = (self.mean - self.mean[floor]) / (self.mean[ceiling] - self.mean[floor])
             ratio = _ratio(
@@ -152,6 +159,15 @@ class MetricTable:
         """Return by how much a model is better than another, per perturbation scored by both."""
         gain = self.gains(model, other)
         return np.array([]) if gain is None else gain[np.isfinite(gain)]
+
+    def unit_differences(self, model: str, other: str) -> np.ndarray:
+        """Return the same, averaged over the contexts of a perturbation: what a test may count as one."""
+        gain = self.gains(model, other)
+        if gain is None:
+            return np.array([])
+        defined = np.isfinite(gain)
+        _, owner = units_of(self.scope.perturbations[defined])
+        return np.bincount(owner, weights=gain[defined]) / np.bincount(owner)
 
     def gains(self, model: str, other: str) -> np.ndarray | None:
         """Return by how much a model is better than another, (perturbations,), NaN where one has no score.
@@ -300,7 +316,8 @@ def summarize(tables: Sequence[MetricTable], baselines: Sequence[str], confidenc
     ``q_vs_best_baseline`` is Benjamini–Hochberg over all models × metrics within a category: whoever reads
     a table looks at all of its stars. Legacy metrics, by which nobody should decide, are a family of their
     own, so that their easy wins do not make others look surer. Positive controls, which nobody claims to
-    beat, get no q and do not enter.
+    beat, get no q and do not enter. The test is on means over seeds and does not know how much trainings
+    differ; the interval of the difference, which decides the verdict, does.
     """
     blocks = []
     for table in tables:
@@ -319,9 +336,10 @@ def _summary_block(table: MetricTable, baselines: Sequence[str], confidence: flo
     """Return the rows of one metric and category, one per model with a score."""
     low, high = interval(table.draws, confidence)
     # One perturbation resamples to itself: an interval of width 0 would claim certainty.
-    low, high = (np.where(table.n > 1, bound, np.nan) for bound in (low, high))
+    several = (table.n > 1) & (table.scope.n_units > 1)
+    low, high = (np.where(several, bound, np.nan) for bound in (low, high))
     gap, *gap_bounds = table.gap_closed(confidence)
-    gap_low, gap_high = (np.where(table.n > 1, bound, np.nan) for bound in gap_bounds)
+    gap_low, gap_high = (np.where(several, bound, np.nan) for bound in gap_bounds)
     best = table.best_baseline(baselines)
     rows = []
     for column, model in enumerate(table.models):
@@ -345,7 +363,7 @@ def _summary_block(table: MetricTable, baselines: Sequence[str], confidence: flo
         }
         difference = table.difference(model, best) if best not in (None, model) else np.array([])
         if len(difference):
-            row["p_vs_best_baseline"] = wilcoxon_p(difference)
+            row["p_vs_best_baseline"] = wilcoxon_p(table.unit_differences(model, str(best)))
             row["win_rate"], row["harm_rate"] = (difference > 0).mean(), (difference < 0).mean()
         rows.append(row)
     return pd.DataFrame(rows)

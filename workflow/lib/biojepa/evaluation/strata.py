@@ -18,7 +18,7 @@ import pandas as pd
 from biojepa.contracts import CATEGORIES, CATEGORY, N_CELLS, PERTURBATION, STRATA_COLUMNS
 from biojepa.evaluation.metrics import METRICS
 from biojepa.evaluation.registry import Metric
-from biojepa.evaluation.resampling import Scope, WholeModelScores, interval
+from biojepa.evaluation.resampling import Scope, WholeModelScores, draw_counts, interval
 from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.evaluation.statistics import CEILING, FLOOR, MetricTable, metric_tables, paired_difference
 from biojepa.evaluation.truth import FoldTruth
@@ -76,8 +76,8 @@ def perturbation_properties(
     trained
         Training perturbations of each fold.
     codes
-        Prior codes of each fold; None where there are none, and a gene that training never perturbed has
-        no nearest one.
+        Prior codes of each fold; None where nobody knows them, so that a gene that training never
+        perturbed has no nearest one, and the coverage is missing.
 
     Returns
     -------
@@ -103,7 +103,9 @@ def perturbation_properties(
                     CATEGORY: truth.categories,
                     "n_genes_seen": truth.n_genes_seen,
                     **pd.DataFrame([nearest_columns(label, nearest) for label in truth.perturbations]),
-                    "prior_coverage": [coverage_share(label, covered) for label in truth.perturbations],
+                    "prior_coverage": np.nan
+                    if codes is None
+                    else [coverage_share(label, covered) for label in truth.perturbations],
                     N_CELLS: truth.n_a + truth.n_b,
                     "n_significant": truth.n_significant_half_a,
                     "effect_size": _effect_size(truth),
@@ -202,10 +204,9 @@ def strata_table(
         scopes, strata = {}, {}
         for prop, stratum, categories in _all_strata(properties, described, settings.min_perturbations):
             key = f"{prop}: {stratum.name}"
-            n = len(stratum.members)
             stream = _STREAM + PROPERTIES.index(prop)
             rng = np.random.default_rng([settings.seed, stream, _NAMES.index(stratum.name)])
-            counts = rng.multinomial(n, np.full(n, 1 / n), size=settings.draws).astype(float)
+            counts = draw_counts(stratum.members, settings.draws, rng)
             scopes[key] = Scope(key, categories, stratum.members, counts, settings.seed)
             strata[key] = prop, stratum
         for table in metric_tables(found, WholeModelScores(scopes), {name: METRICS[name]}, scopes):

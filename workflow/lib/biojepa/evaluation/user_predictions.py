@@ -18,11 +18,12 @@ import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.stats import rankdata
 
 from biojepa.contracts import PERTURBATION, SD_LAYER, SELECTED_ON, SET, TEST, TRAINED_ON
 from biojepa.errors import InputError
 from biojepa.evaluation.predictions import LOWEST_MEAN, TOTAL_RANGE
-from biojepa.evaluation.user_rows import Problems, has_cells, match_genes, match_labels, some
+from biojepa.evaluation.user_rows import Problems, has_cells, match_genes, match_labels, some, spell_label
 
 LOGGER = logging.getLogger(__name__)
 BLOCK_VALUES = 4_000_000
@@ -31,6 +32,9 @@ TOTAL_COUNTS = 1.5
 # Counts of the median perturbation over those of control, both from means of logarithms: about 1, and
 # several times as many where the logarithm has base 2.
 MOST_COUNTS = 2.5
+# Genes are ordered as in control by any scale of expression; changes have no such order, and two signs.
+SAME_ORDER = 0.8
+NOT_NEGATIVE = 0.99
 _SCALE = "write log1p of counts per preprocess.target_sum of each cell, or the mean of that over cells"
 
 
@@ -165,15 +169,7 @@ def _check_origin(file: h5py.File, wanted: Wanted, problems: Problems) -> dict[s
         The labels that it says the model was fitted to and chosen by.
     """
     uns = file.get("uns", {})
-    declared: dict[str, Any] = {}
-    if "provenance" in uns:
-        content = ad.io.read_elem(uns["provenance"])
-        if isinstance(content, str):
-            try:
-                content = json.loads(content)
-            except json.JSONDecodeError:
-                content = {}
-        declared = dict(content) if isinstance(content, Mapping) else {}
+    declared = _read_provenance(uns, problems)
     made_with = declared.get("split_sha256")
     if "split_sha256" in uns:
         made_with = ad.io.read_elem(uns["split_sha256"])
@@ -184,10 +180,23 @@ def _check_origin(file: h5py.File, wanted: Wanted, problems: Problems) -> dict[s
             f"{wanted.split_sha256}, that of this fold",
             "a leak: the other split may train on what this one tests; fit the model on this fold's split",
         )
-    said = {key: declared[key] for key in (TRAINED_ON, SELECTED_ON) if key in declared}
+    known = pd.Index(wanted.split[PERTURBATION])
     tested = set(wanted.split.loc[wanted.split[SET] == TEST, PERTURBATION])
-    for key, labels in said.items():
-        leaked = sorted(tested & {str(label) for label in labels})
+    said = {}
+    for key in (TRAINED_ON, SELECTED_ON):
+        if key not in declared:
+            continue
+        labels = declared[key].tolist() if isinstance(declared[key], np.ndarray) else declared[key]
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            problems.add(
+                f"uns, provenance, {key}",
+                repr(labels)[:80],
+                "a list of perturbations",
+                "write their labels, or leave the key out where they are not known",
+            )
+            continue
+        said[key] = [spell_label(label, known) for label in labels]
+        leaked = sorted(tested & set(said[key]))
         if leaked:
             problems.add(
                 f"uns, provenance, {key}",
@@ -196,6 +205,27 @@ def _check_origin(file: h5py.File, wanted: Wanted, problems: Problems) -> dict[s
                 "a leak: fit and choose the model on the training and validation perturbations of this fold",
             )
     return said
+
+
+def _read_provenance(uns: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
+    """Read ``uns["provenance"]``: JSON text or a group; empty where there is none or it cannot be read."""
+    if "provenance" not in uns:
+        return {}
+    content = ad.io.read_elem(uns["provenance"])
+    if isinstance(content, str):
+        try:
+            content = json.loads(content)
+        except json.JSONDecodeError as error:
+            content = f"{content[:40]!r}, which is no JSON ({error})"
+    if isinstance(content, Mapping):
+        return dict(content)
+    problems.add(
+        "uns, provenance",
+        content if isinstance(content, str) else repr(content)[:80],
+        "a JSON object as text",
+        'write it with json.dumps({"trained_on": [...]}), or leave it out',
+    )
+    return {}
 
 
 def _sample(owner: np.ndarray, rows: np.ndarray, max_cells: int, seed: int) -> np.ndarray:
@@ -219,6 +249,7 @@ class _Sums:
     cells: sparse.csr_matrix
     whole_numbers: bool
     constant: np.ndarray
+    n_rows: np.ndarray
     broken: int
     first_broken: tuple[str, int] | None
 
@@ -256,7 +287,7 @@ def _add_up(
             kept.append(sparse.csr_matrix(block[keep[span]].astype(np.float32)))
     n = np.bincount(owner, minlength=len(labels))
     cells = sparse.vstack(kept, format="csr") if kept else sparse.csr_matrix((0, len(columns)))
-    return _Sums(total / n[:, None], cells, whole, constant, broken, place)
+    return _Sums(total / n[:, None], cells, whole, constant, n, broken, place)
 
 
 def _blocks(
@@ -288,7 +319,10 @@ def _check_values(
     many: bool,
     problems: Problems,
 ) -> None:
-    """Refuse values that are missing, or counts, or changes, or of another scale."""
+    """Refuse values that are missing, or counts, or changes, or of another scale.
+
+    Of values of which some are missing, nothing else is said: it would be about what is left.
+    """
     if sums.first_broken is not None:
         label, gene = sums.first_broken
         problems.add(
@@ -297,7 +331,9 @@ def _check_values(
             "finite log-expression",
             "predict a number for every gene; control expression where the model has none",
         )
-    if many and sums.constant.any():
+        return
+    # Where some have one row, the mixture is the problem, and has been named.
+    if many and sums.n_rows.min() > 1 and sums.constant.any():
         same = labels[sums.constant]
         problems.add(
             "X",
@@ -320,6 +356,13 @@ def _check_values(
             f"at most {highest:.4g}, log1p of all {target_sum:g} counts",
             _SCALE,
         )
+    elif ratio < TOTAL_RANGE[0] and _is_expression(mean, control):
+        problems.add(
+            "X",
+            f"an average of {ratio:.2g} times that of control cells, with the same genes high and low",
+            f"{TOTAL_RANGE[0]} to {TOTAL_RANGE[1]} times",
+            f"another scale, such as a share of the total or a logarithm of base 10: {_SCALE}",
+        )
     elif mean.min() < LOWEST_MEAN or ratio < TOTAL_RANGE[0]:
         problems.add(
             "X",
@@ -335,6 +378,15 @@ def _check_values(
             f"{TOTAL_RANGE[0]} to {TOTAL_RANGE[1]} times, about as many counts, and at most {target_sum:g}",
             f"another total than preprocess.target_sum, such as a million, or another base than e: {_SCALE}",
         )
+
+
+def _is_expression(mean: np.ndarray, control: np.ndarray) -> bool:
+    """Whether means (labels, genes) are expression on some scale, and no changes against control (genes,)."""
+    order, usual = rankdata(mean.mean(axis=0)), rankdata(control)
+    if not order.std() or not usual.std():
+        return False
+    same = np.corrcoef(order, usual)[0, 1] > SAME_ORDER
+    return bool(same and (mean >= 0).mean() >= NOT_NEGATIVE)
 
 
 def _read_sd(

@@ -14,7 +14,7 @@ import pandas as pd
 
 from biojepa.contracts import ALL_CONTEXTS, CONTEXT, CONTROL, PERTURBATION, SET, TEST, TRAIN, VAL
 from biojepa.errors import InputError
-from biojepa.labels import in_context, normalize_label, perturbation_of
+from biojepa.labels import context_of, in_context, normalize_label, perturbation_of
 
 LOGGER = logging.getLogger(__name__)
 SHOWN = 5
@@ -94,14 +94,19 @@ def match_labels(obs: pd.DataFrame, split: pd.DataFrame, problems: Problems) -> 
     sets = split.set_index(PERTURBATION)[SET]
     contexts = obs[CONTEXT].astype(str).to_numpy() if CONTEXT in obs else None
     codes, distinct = pd.factorize(raw.astype(str).to_numpy())
-    by_label = np.array([_known(label, sets.index) for label in distinct] + [None], dtype=object)
+    by_label = np.array([spell_label(label, sets.index) for label in distinct] + [None], dtype=object)
     labels = by_label[codes]
     if contexts is not None:
         placed = [
             in_context(label, context) if label else label
             for label, context in zip(labels, contexts, strict=True)
         ]
-        labels = np.where(pd.Index(placed).isin(sets.index), np.array(placed, dtype=object), labels)
+        inside = pd.Index(placed).isin(sets.index)
+        labels = np.where(inside, np.array(placed, dtype=object), labels)
+        if any(context_of(label) != ALL_CONTEXTS for label in sets.index):
+            # Of the other contexts, and of what the split leaves out of this one, nothing is tested.
+            written_out = np.array([bool(label) and context_of(label) != ALL_CONTEXTS for label in labels])
+            labels = np.where(inside | written_out | (contexts == ALL_CONTEXTS), labels, "")
     position = sets.index.get_indexer(pd.Index(labels))
     _check_sets(obs, labels, position, sets, problems)
     _check_complete(labels, position, sets, has_column, problems)
@@ -122,8 +127,8 @@ def match_labels(obs: pd.DataFrame, split: pd.DataFrame, problems: Problems) -> 
     return position
 
 
-def _known(raw: str, known: pd.Index) -> str:
-    """Write a label as the split does: as it stands, or by the rules of this pipeline."""
+def spell_label(raw: str, known: pd.Index) -> str:
+    """Write a label as the split does, whose labels are ``known``: as it stands, or by our rules."""
     if raw in known:
         return raw
     perturbation = perturbation_of(raw)

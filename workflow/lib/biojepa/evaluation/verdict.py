@@ -34,6 +34,8 @@ DECIDING = ("pearson_delta_perturbed_mean", "rank_l2")
 BETTER, SAME, WORSE = "better than", "indistinguishable from", "worse than"
 CANNOT_TELL, NOT_EVALUATED = "this dataset cannot tell", "not evaluated"
 SUSPECTED = "a leak is suspected"
+# Differences below this are nothing but rounding.
+SMALLEST_SHOWN = 5e-5
 _GROUPS = {ALL_CATEGORIES: "held-out perturbations", SEEN: f"of {SEEN}", UNSEEN: f"of {UNSEEN}"}
 _WHAT = {
     "pearson_delta_perturbed_mean": "correlation of the change against the training perturbed mean",
@@ -99,9 +101,10 @@ def decide(tables: Sequence[MetricTable], scope: str, settings: EvaluationSettin
     """
     found = {table.metric.name: table for table in tables if table.scope.name == scope}
     n = max((len(table.scope.perturbations) for table in found.values()), default=0)
+    n_units = max((table.scope.n_units for table in found.values()), default=0)
     answer: dict[str, Any] = {"scope": scope, "n": n, "comparisons": []}
     group = f"{n} held-out perturbations" + ("" if scope == ALL_CATEGORIES else f" {_GROUPS[scope]}")
-    if n < settings.min_perturbations:
+    if n_units < settings.min_perturbations:
         text = f"On {group}, {CANNOT_TELL}: the verdict asks for at least {settings.min_perturbations}."
         return {**answer, "outcome": CANNOT_TELL, "text": text}
     candidates = [
@@ -131,17 +134,34 @@ def _sentence(
     first = comparisons[0]
     text = (
         f"On {group}, {settings.model} is {outcome} the best simple baseline ({first.best_baseline}): "
-        f"{_WHAT[first.metric]} {first.score:.2f} against {first.baseline_score:.2f}, "
-        f"difference {first.difference:+.2f} "
-        f"({settings.confidence:.0%} CI {first.ci_low:+.2f} to {first.ci_high:+.2f})."
+        f"{_WHAT[first.metric]} {_shown(first.score)} against {_shown(first.baseline_score)}, "
+        f"difference {_signed(first.difference)} "
+        f"({100 * settings.confidence:.6g}% CI {_signed(first.ci_low)} to {_signed(first.ci_high)})."
     )
     if math.isfinite(first.gap_closed):
         text += (
-            f" It covers {first.gap_closed:.0%} of the way from the training mean to a technical duplicate."
+            f" It covers {_shown(100 * first.gap_closed, 0)}% of the way from the training mean to a "
+            "technical duplicate."
         )
     if disagree:
         text += f" The metrics disagree: by {_WHAT[comparisons[1].metric]} it is {comparisons[1].outcome} it."
     return text
+
+
+def _shown(value: float, digits: int = 2) -> str:
+    """Return a number with fixed decimals; what rounds to nothing has no sign."""
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def _signed(value: float) -> str:
+    """Return a difference with its sign and two decimals, more where two would hide on which side of 0 it is.
+
+    The ends of an interval decide by their side of 0, so that +0.00 or -0.00 would not explain the outcome.
+    """
+    if abs(value) < SMALLEST_SHOWN:
+        return "0.00"
+    return f"{value:+.2f}" if abs(value) >= 0.005 else f"{value:+.1g}"
 
 
 def reach_verdict(tables: Sequence[MetricTable], settings: EvaluationSettings) -> dict[str, Any]:

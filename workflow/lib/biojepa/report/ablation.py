@@ -20,7 +20,7 @@ from biojepa.models import ABLATION_MODELS, AblationModel
 from biojepa.report.figures import Caption, Figure, Spec, line, number, numbers
 from biojepa.report.glossary import EMBEDDING_LABELS, HEAD_LABELS, PRIOR_LABELS, metric_text
 from biojepa.report.inputs import ReportInputs
-from biojepa.report.tables import MISSING, format_count, format_number
+from biojepa.report.tables import MISSING, format_count, format_level, format_number
 
 UNDER_TEST = "biojepa"
 OTHERS = ("pca", "untrained")
@@ -234,7 +234,8 @@ def ablation_figure(tables: list[EmbeddingTable], confidence: float) -> Figure:
     n = max(score.n for table in tables for row in table.rows for score in row.scores.values())
     caption = Caption(
         title="Embeddings under the same head and priors",
-        shows=f"Mean and {confidence:.0%} interval of three embeddings for each head and kind of priors.",
+        shows=f"Mean and {format_level(confidence)} interval of three embeddings for each head and kind of "
+        "priors.",
         read="Within a row the embedding alone differs. Shuffled priors should lose what priors gain.",
         n=f"{format_count(n)} held-out perturbations",
         thresholds="none",

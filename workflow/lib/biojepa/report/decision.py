@@ -17,6 +17,7 @@ from biojepa.report.tables import (
     format_number,
     format_p,
     format_percent,
+    ranked_among,
 )
 
 # Tone and heading by the outcome that the verdict's rules gave.
@@ -47,12 +48,15 @@ _ADVICE = {
 class DecisionRow:
     """One headline metric: the model under test beside the best baseline and both ends of the scale.
 
+    ``n`` is how many perturbations the model was scored on, ``among`` of a rank how many truths a fold has;
     ``gap_interval``, ``q``, ``win`` and ``harm`` are texts; ``floor`` and ``ceiling`` are the scores of
     the training mean and of the technical duplicate.
     """
 
     metric: MetricText
     usable: bool
+    n: str
+    among: str
     model: ScoreCell
     gap_interval: str
     baseline: ScoreCell
@@ -81,6 +85,8 @@ def decision_rows(inputs: ReportInputs) -> list[DecisionRow]:
             DecisionRow(
                 metric=column.text,
                 usable=inputs.usable(name),
+                n=format_count(own.get("n")),
+                among=ranked_among(inputs, name),
                 model=column.cell(lead),
                 gap_interval="" if MISSING in (low, high) else f"{low} to {high}",
                 baseline=column.cell(best or lead),
@@ -175,6 +181,18 @@ def _latent_share(inputs: ReportInputs) -> str:
             "embedding."
         )
     return text
+
+
+def checks_told(sentinels: list[dict[str, Any]]) -> dict[str, int]:
+    """Count the leakage checks that passed, failed and could not be made, and what is stated alone."""
+    stated = [item for item in sentinels if item.get("kind") == contracts.STATED and item["passed"]]
+    checked = [item["passed"] for item in sentinels if item not in stated]
+    return {
+        "passed": sum(passed is True for passed in checked),
+        "failed": sum(passed is False for passed in checked),
+        "untold": sum(passed is None for passed in checked),
+        "stated": len(stated),
+    }
 
 
 def facts(inputs: ReportInputs) -> list[tuple[str, str]]:

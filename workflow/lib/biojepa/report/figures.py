@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biojepa.contracts import OTHER_CONTEXT
 from biojepa.report.glossary import (
     ABLATION,
     BASELINE,
@@ -23,6 +24,8 @@ from biojepa.report.glossary import (
     NEGATIVE,
     OTHER,
     POSITIVE,
+    SEEN_CATEGORIES,
+    UNSEEN_CATEGORIES,
     MetricText,
     ModelText,
     category_label,
@@ -30,7 +33,14 @@ from biojepa.report.glossary import (
     model_text,
 )
 from biojepa.report.inputs import ReportInputs
-from biojepa.report.tables import categories_present, format_count, format_number, ordered_models
+from biojepa.report.tables import (
+    categories_present,
+    format_count,
+    format_level,
+    format_number,
+    ordered_models,
+    ranked_among,
+)
 
 Spec = dict[str, Any]
 MAX_ABLATIONS_DRAWN = 8
@@ -145,10 +155,11 @@ def calibration_panel(inputs: ReportInputs, metric: MetricText) -> Figure:
     """Draw every model with its interval on one metric, over the range that the dataset allows."""
     rows = inputs.pooled[inputs.pooled["metric"] == metric.name].set_index("model")
     models, left_out = drawn_models(inputs, rows.index)
+    level, among = format_level(inputs.confidence), ranked_among(inputs, metric.name)
     traces = []
     for group in dict.fromkeys(model.group for model in models):
         members = [model for model in models if model.group == group]
-        traces.append(_interval_trace(rows, members, metric))
+        traces.append(_interval_trace(rows, members, level))
     spec = {
         "data": traces,
         "layout": {
@@ -176,16 +187,16 @@ def calibration_panel(inputs: ReportInputs, metric: MetricText) -> Figure:
     )
     caption = Caption(
         title=f"{metric.label} {metric.arrow}",
-        shows=f"Mean and 95 % interval; band: training mean to duplicate, {interval}.",
+        shows=f"Mean and {level} interval; band: training mean to duplicate, {interval}.",
         read=f"{sentence(metric.read)}.",
-        n=f"{format_count(n)} held-out perturbations{left_out}",
+        n=f"{format_count(n)} held-out perturbations{f', each {among}' if among else ''}{left_out}",
         thresholds="unusable where the interval of that range includes 0",
         misleads="" if usable else "Here it cannot tell a replicate from a constant guess.",
     )
     return Figure(f"calibration-{metric.name}", {"": spec}, caption, height=70 + 21 * len(models))
 
 
-def _interval_trace(rows: pd.DataFrame, models: list[ModelText], metric: MetricText) -> Spec:
+def _interval_trace(rows: pd.DataFrame, models: list[ModelText], level: str) -> Spec:
     names = [model.name for model in models]
     found = rows.loc[names]
     style = GROUP_STYLE[models[0].group]
@@ -211,8 +222,8 @@ def _interval_trace(rows: pd.DataFrame, models: list[ModelText], metric: MetricT
                 names, found["ci_low"], found["ci_high"], found["n"], models, strict=True
             )
         ],
-        "hovertemplate": "<b>%{y}</b> (%{customdata[0]})<br>%{x:.3f}, 95 % interval %{customdata[1]} to "
-        "%{customdata[2]}<br>n = %{customdata[3]}<br>%{customdata[4]}<extra></extra>",
+        "hovertemplate": "<b>%{y}</b> (%{customdata[0]})<br>%{x:.3f}, " + level + " interval "
+        "%{customdata[1]} to %{customdata[2]}<br>n = %{customdata[3]}<br>%{customdata[4]}<extra></extra>",
     }  # fmt: skip
 
 
@@ -244,9 +255,9 @@ def category_figure(inputs: ReportInputs) -> Figure | None:
     counts = inputs.summary[inputs.summary["category"].isin(categories)].groupby("category")["n"].max()
     caption = Caption(
         title="Scores by what was seen in training",
-        shows="Mean and 95 % interval of the main models for each kind of held-out perturbation.",
-        read="Compare within a row. What is composed of seen genes (top) is an easier task than a gene never "
-        "perturbed in training (bottom); a mean over both mixes two questions.",
+        shows=f"Mean and {format_level(inputs.confidence)} interval of the main models for each kind of "
+        "held-out perturbation.",
+        read="Compare within a row." + _what_differs(categories),
         n="; ".join(f"{category_label(name)}: {format_count(counts[name])}" for name in categories),
         thresholds="a row needs at least 3 perturbations before its interval means anything",
         misleads="A bootstrap over a handful of perturbations gives intervals that are too narrow. The best "
@@ -254,6 +265,22 @@ def category_figure(inputs: ReportInputs) -> Figure | None:
     )
     height = 120 + len(categories) * (26 + 15 * len(comparison_models(inputs)))
     return Figure("categories", options, caption, height=min(height, 900), selector="Metric")
+
+
+def _what_differs(categories: list[str]) -> str:
+    """Say how the tasks of the categories differ, as far as those present do."""
+    present, text = set(categories), ""
+    if present & set(SEEN_CATEGORIES) and present & set(UNSEEN_CATEGORIES):
+        text += (
+            " What is composed of seen genes (top) is an easier task than a gene never perturbed in training "
+            "(bottom); a mean over both mixes two questions."
+        )
+    if OTHER_CONTEXT in present:
+        text += (
+            " A perturbation that was trained in another context asks whether its change carries over to "
+            "this one" + ("; a mean with the other rows mixes two questions." if len(categories) > 1 else ".")
+        )
+    return text
 
 
 def comparison_models(inputs: ReportInputs) -> list[str]:

@@ -12,7 +12,7 @@ from biojepa.evaluation.metrics import all_metrics
 from biojepa.models import ABLATION_MODELS, LATENT_MODELS
 
 HEADLINE, COMBINATION, SECONDARY = "headline", "combination", "secondary"
-REPRESENTATION, LEGACY = "representation", "legacy"
+LEGACY = "legacy"
 
 MAIN, ABLATION, BASELINE, NEGATIVE, POSITIVE, OTHER = (
     "main",
@@ -28,8 +28,10 @@ GROUP_TITLES = {
     OTHER: "Your models (predictions made elsewhere)",
     ABLATION: "Ablations (the same pipeline with a part replaced)",
     BASELINE: "Simple baselines",
-    NEGATIVE: "Negative controls (what knowing nothing scores)",
+    NEGATIVE: "Negative controls (nothing is known of the gene, or no more than its name)",
 }
+# Made of genes that training perturbed, all or one of them; and of none.
+SEEN_CATEGORIES = ("combo_seen2", "combo_seen1", "single_in_combo")
 UNSEEN_CATEGORIES = ("single",)
 
 
@@ -162,11 +164,6 @@ _READ: dict[str, tuple[str, str, float | None]] = {
 }  # fmt: skip
 METRIC_ORDER = tuple(_READ)
 PRIMARY_METRIC = METRIC_ORDER[0]
-# Names that the tables may hold and that are scored outside the registry.
-_BEST_ELSEWHERE: dict[str, str | float] = {
-    "batch_probe": "min",
-    "depth_probe": "min",
-}
 
 
 def metric_text(name: str) -> MetricText:
@@ -177,7 +174,7 @@ def metric_text(name: str) -> MetricText:
     label, read, null = _READ.get(name, (name, "a metric added by the user", None))
     registered = all_metrics().get(name)
     if registered is None:
-        return MetricText(name, label, _BEST_ELSEWHERE.get(name, "max"), SECONDARY, read, "", null)
+        return MetricText(name, label, "max", SECONDARY, read, "", null)
     if name not in _READ:
         label, read = name.replace("_", " "), registered.description
     return MetricText(name, label, registered.best, registered.role, read, registered.formula, null)
@@ -212,8 +209,12 @@ _MODELS = {
     "untrained_predictor": ("Untrained + predictor", "the encoder at its random start"),
     "biojepa_flat": ("BioJEPA, flat loss", "regularizer over flattened tokens"),
     "shuffled_labels": ("Shuffled labels", "trained on training labels in random order"),
-    "shuffled_priors": ("Shuffled priors", "prior codes dealt out to the wrong genes"),
-    "random_codes": ("Random codes", "random numbers in place of the prior codes"),
+    "shuffled_priors": ("Shuffled priors", "all of BioJEPA, prior codes dealt out to the wrong genes"),
+    "random_codes": (
+        "Random codes",
+        "random numbers in place of the prior codes: which gene it is, not what it is like, so that it "
+        "scores where training perturbed the gene",
+    ),
     "duplicate": ("Technical duplicate", "half of the cells predicts the other half"),
     "interpolated_duplicate": ("Interpolated duplicate", "duplicate, shrunk to the mean where noise rules"),
     "oracle": ("Oracle embedding", "the true embedding through the readout: the ceiling of the readout"),
@@ -289,7 +290,7 @@ SCHEME_TEXTS = {
     "context": "The perturbed cells of one context are held out; the same perturbations may be trained in "
     "others. Control cells of every context are known, and predictions start from those of the held-out one. "
     "Training perturbations count as of that context: its control plus their change elsewhere. The unit is a "
-    "perturbation in a context, so that one tested in two contexts counts twice.",
+    "perturbation; tested in two contexts, it is drawn as one.",
     "list": "The perturbations that the config names are held out.",
 }
 

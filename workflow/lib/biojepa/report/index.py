@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import pandas as pd
 
 from biojepa import contracts
 from biojepa.errors import InputError
-from biojepa.evaluation.verdict import BETTER, CANNOT_TELL, NOT_EVALUATED, SAME, WORSE
+from biojepa.evaluation.settings import EvaluationSettings
+from biojepa.evaluation.verdict import BETTER, CANNOT_TELL, NOT_EVALUATED, SAME, SUSPECTED, WORSE
 from biojepa.report.decision import OUTCOMES
 from biojepa.report.glossary import (
     GROUP_TITLES,
@@ -22,7 +24,7 @@ from biojepa.report.glossary import (
 )
 from biojepa.report.inputs import require_columns
 from biojepa.report.page import environment
-from biojepa.report.tables import format_count, format_number, format_percent
+from biojepa.report.tables import format_count, format_level, format_number, format_percent
 
 _SHORT = {
     BETTER: "better",
@@ -30,6 +32,7 @@ _SHORT = {
     WORSE: "worse",
     CANNOT_TELL: "cannot tell",
     NOT_EVALUATED: "not evaluated",
+    SUSPECTED: "leak suspected",
 }
 
 
@@ -37,7 +40,7 @@ _SHORT = {
 class IndexEntry:
     """One evaluated dataset and split: its summary table, its verdict and where its report lies.
 
-    ``href`` is relative to the index.
+    ``href`` is relative to the index; ``confidence`` is the level of the intervals.
     """
 
     dataset: str
@@ -45,6 +48,7 @@ class IndexEntry:
     summary: pd.DataFrame
     verdict: dict[str, Any]
     href: str
+    confidence: float = EvaluationSettings.confidence
 
     def __post_init__(self) -> None:
         require_columns(
@@ -61,7 +65,18 @@ class IndexEntry:
         return {str(key): value for key, value in rows.iloc[0].items()} if len(rows) else {}
 
 
-def build_index(reports: list[IndexEntry], main_model: str = "biojepa") -> str:
+@dataclass(frozen=True)
+class UnevaluatedEntry:
+    """One dataset whose models were trained on everything; ``href`` is relative to the index."""
+
+    dataset: str
+    split: str
+    href: str
+
+
+def build_index(
+    reports: list[IndexEntry], main_model: str = "biojepa", unevaluated: Sequence[UnevaluatedEntry] = ()
+) -> str:
     """Return the index of all reports as HTML: verdicts first, then models by dataset for each metric.
 
     Raises
@@ -69,7 +84,7 @@ def build_index(reports: list[IndexEntry], main_model: str = "biojepa") -> str:
     InputError
         When there is no report to list.
     """
-    if not reports:
+    if not reports and not unevaluated:
         raise InputError("index", "no report", "at least one dataset", "add a row to the table of datasets")
     metrics = [
         metric_text(name)
@@ -85,6 +100,8 @@ def build_index(reports: list[IndexEntry], main_model: str = "biojepa") -> str:
         cards=[_card(report, metrics, main_model) for report in reports],
         matrices=[_matrix(text, models, reports) for text in metrics],
         reports=reports,
+        unevaluated=unevaluated,
+        level=" or ".join(format_level(level) for level in sorted({r.confidence for r in reports})),
         lead=model_text(main_model, main_model),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from biojepa import contracts
 from biojepa.errors import InputError
+from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.report.glossary import HEADLINE, METRIC_ORDER, PRIMARY_METRIC, metric_text
 
 NORM_COLUMNS = ("model", "perturbation", "observed", "predicted")
@@ -67,10 +68,14 @@ class ReportInputs:
     norms
         Size of the change against the training perturbed mean, ``model, perturbation, observed,
         predicted``, in log1p units.
+    machines
+        Where the predictions of each model were made, by the record in their files.
+    linear_targets
+        How many held-out perturbations have a measured target gene, which ``linear`` needs, and of how many.
     provenance, settings
         What made the numbers, shown as they are.
     sentinels
-        Checks for leakage: ``check``, ``passed``, ``detail``.
+        Checks for leakage: ``check``, ``passed``, ``detail``, ``kind``.
     downloads
         Tables beside the report: ``label``, ``href`` (relative).
 
@@ -98,6 +103,8 @@ class ReportInputs:
     train_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     profiles: dict[str, Profile] = field(default_factory=dict)
     norms: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(NORM_COLUMNS)))
+    machines: dict[str, list[str]] = field(default_factory=dict)
+    linear_targets: tuple[int, int] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     sentinels: list[dict[str, Any]] = field(default_factory=list)
@@ -163,6 +170,23 @@ class ReportInputs:
         names = rows["best_baseline"].dropna()
         names = names[names.astype(str) != ""]
         return str(names.mode().iloc[0]) if len(names) else None
+
+    @property
+    def confidence(self) -> float:
+        """Return the level of the intervals, ``evaluate.confidence``."""
+        return float(self.settings.get("evaluate", {}).get("confidence", EvaluationSettings.confidence))
+
+    @property
+    def fdr(self) -> float:
+        """Return the q below which a comparison is significant, ``evaluate.fdr``."""
+        return float(self.settings.get("evaluate", {}).get("fdr", EvaluationSettings.fdr))
+
+    @property
+    def truths_of_a_fold(self) -> tuple[int, int]:
+        """Return the least and the largest number of perturbations that a fold scores, which ranks need."""
+        single = self.metrics[self.metrics["perturbation"] != contracts.WHOLE_MODEL]
+        counts = single.groupby("fold")["perturbation"].nunique()
+        return (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)
 
     def usable(self, metric: str) -> bool:
         """Tell whether the metric can tell a replicate from the training mean; True where nobody knows."""

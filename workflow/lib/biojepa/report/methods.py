@@ -11,7 +11,7 @@ from biojepa import contracts
 from biojepa.evaluation.settings import SIMPLE_BASELINES
 from biojepa.report.glossary import SCHEME_TEXTS, metric_text, model_text
 from biojepa.report.inputs import ReportInputs
-from biojepa.report.tables import MISSING, format_count, format_percent
+from biojepa.report.tables import MISSING, format_count, format_level
 
 # Names of the files of single runs: hundreds of them, listed behind the tables.
 _RUN_FILES = {
@@ -59,8 +59,10 @@ def methods_text(inputs: ReportInputs) -> list[str]:
             "perturbation; the other half served as technical duplicate.",
             _metrics(inputs),
             _statistics(inputs),
+            _linear(inputs),
             _software(inputs),
             _hardware(inputs),
+            _machines(inputs),
         )
         if text
     ]
@@ -117,7 +119,7 @@ def _metrics(inputs: ReportInputs) -> str:
 def _statistics(inputs: ReportInputs) -> str:
     settings = inputs.settings.get("evaluate", {})
     level, draws = settings.get("confidence"), settings.get("draws")
-    how = f"{format_percent(level)} intervals" if level is not None else "Intervals"
+    how = f"{format_level(level)} intervals" if level is not None else "Intervals"
     text = f"{how} are percentiles of "
     text += f"{format_count(draws)} bootstrap draws" if draws is not None else "bootstrap draws"
     text += " over perturbations"
@@ -155,6 +157,42 @@ def _hardware(inputs: ReportInputs) -> str:
     label = model_text(inputs.lead_model, inputs.lead_model).label
     text = f"{_counted(lead['runs'], 'training')} of {label} took {lead['total']} in all"
     return f"{text} on {lead['device']}." if lead["device"] != MISSING else f"{text}."
+
+
+def _machines(inputs: ReportInputs) -> str:
+    """Say where every model was fitted, simple ones and controls included, and on which GPU if on one."""
+    found = {name: list(machines) for name, machines in inputs.machines.items()}
+    # Of a training, the file of predictions tells where it was embedded.
+    trained: dict[str, list[str]] = {}
+    for run, record in inputs.train_metrics.items():
+        if record.get("machine"):
+            device = str(record.get("device", "cpu"))
+            place = str(record["machine"]) + ("" if device.startswith("cpu") else f", {device}")
+            trained.setdefault(run.split(" ", 1)[0], []).append(place)
+    found.update(trained)
+    models: dict[str, list[str]] = {}
+    for name in sorted(found):
+        models.setdefault(" or ".join(sorted(set(found[name]))), []).append(name)
+    if not models:
+        return ""
+    if len(models) == 1:
+        place = next(iter(models))
+        return f"All models of the pipeline, simple ones and controls included, were fitted on {place}."
+    ordered = sorted(models.items(), key=lambda item: (-len(item[1]), item[0]))
+    listed = [f"{', '.join(names)} on {place}" for place, names in ordered[1:]]
+    return f"Models of the pipeline were fitted on {ordered[0][0]}; but {'; '.join(listed)}."
+
+
+def _linear(inputs: ReportInputs) -> str:
+    """Say how many held-out perturbations the model ``linear`` has anything to go by."""
+    if inputs.linear_targets is None:
+        return ""
+    known, count = inputs.linear_targets
+    return (
+        f"{model_text('linear').label} predicts from the target genes that are measured, of which "
+        f"{format_count(known)} of {_counted(count, 'held-out perturbation')} "
+        f"{'has' if known == 1 else 'have'} any; it gives the others the training mean."
+    )
 
 
 def _counted(count: int, name: str) -> str:

@@ -24,7 +24,7 @@ from biojepa.report import (
     tables,
     trust,
 )
-from biojepa.report.decision import decision_rows, facts, verdict_view
+from biojepa.report.decision import checks_told, decision_rows, facts, verdict_view
 from biojepa.report.explorer import explorer_data
 from biojepa.report.glossary import model_text
 from biojepa.report.inputs import ReportInputs
@@ -88,6 +88,7 @@ def environment() -> Environment:
         count=tables.format_count,
         p=tables.format_p,
         plain=plain_value,
+        sentence=figures.sentence,
     )
     env.globals["asset"] = asset
     return env
@@ -141,9 +142,11 @@ def build_report(inputs: ReportInputs) -> str:
     }
     shown: dict[str, Any] = {
         "inputs": inputs,
+        "level": tables.format_level(inputs.confidence),
         "facts": facts(inputs),
         "verdict": verdict_view(inputs),
         "lead": model_text(inputs.lead_model, inputs.lead_model),
+        "checks": checks_told(inputs.sentinels),
         "decision": decision_rows(inputs),
         "headline": tables.score_table(inputs, inputs.headline_metrics),
         "category_tables": tables.category_tables(inputs),

@@ -122,6 +122,7 @@ def read_report(
     truth = anndata.read_h5ad(files.observed)
     shown = _profile_models(summary, main_model)
     norms, changes = _compare(truth, files, shown)
+    machines, targets = _origins(files)
     inputs = ReportInputs(
         dataset=dataset,
         split=split,
@@ -146,6 +147,8 @@ def read_report(
         },
         profiles=_profiles(truth, changes, shown),
         norms=norms,
+        machines=machines,
+        linear_targets=targets,
         provenance=provenance or {},
         settings=settings or {},
         sentinels=[*verdict.get("sentinels", []), *_sentinels(truth, metrics, splits, files)],
@@ -264,6 +267,35 @@ def _test_predictions(path: Path, genes: pd.Index) -> tuple[np.ndarray, np.ndarr
     values = np.full((int(tested.sum()), len(genes)), np.nan, dtype=np.float32)
     values[:, columns] = np.asarray(predicted)[tested]
     return obs.loc[tested, contracts.PERTURBATION].astype(str).to_numpy(), values
+
+
+def _origins(files: ReportFiles) -> tuple[dict[str, list[str]], tuple[int, int] | None]:
+    """Read from the predictions where each model was fitted, and what ``linear`` had to go by.
+
+    Returns
+    -------
+    machines
+        Of each model, in the order of its runs; models made elsewhere and files without a record have none.
+    linear_targets
+        Held-out perturbations with a measured target gene in every fold, and how many there are; None
+        where no file tells.
+    """
+    machines: dict[str, list[str]] = {}
+    tested: set[str] = set()
+    without: set[str] = set()
+    for run, path in zip(files.prediction_runs, files.predictions, strict=True):
+        with h5py.File(path, "r") as file:
+            stored = anndata.io.read_elem(file["uns/provenance"]) if "uns/provenance" in file else "{}"
+            record = json.loads(str(stored))
+            if contracts.WITHOUT_TARGET in record:
+                obs = anndata.io.read_elem(file["obs"])
+                held_out = obs[contracts.SET].astype(str) == contracts.TEST
+                tested |= set(obs.loc[held_out, contracts.PERTURBATION].astype(str))
+                without |= set(record[contracts.WITHOUT_TARGET])
+        if record.get("machine") and not record.get("made_elsewhere"):
+            found = machines.setdefault(run.model, [])
+            found += [record["machine"]] if record["machine"] not in found else []
+    return machines, (len(tested - without), len(tested)) if tested else None
 
 
 def _profiles(

@@ -20,7 +20,7 @@ from biojepa.report.ablation import Estimate, estimate, estimate_cell, signed
 from biojepa.report.figures import Caption, Figure, Spec, escape, line, number, numbers
 from biojepa.report.glossary import model_text
 from biojepa.report.inputs import ReportInputs
-from biojepa.report.tables import format_count, format_number
+from biojepa.report.tables import format_count, format_level, format_number
 
 TRAINED = "trained"
 OTHERS = ("pca50", "untrained")
@@ -200,8 +200,8 @@ def representation_sentence(
     text = (
         f"At finding cells of the same perturbation among those of other held-out ones (kNN-mAP "
         f"{format_number(score.mean)}{guess}), the embedding of {label} is {' and '.join(parts)}; "
-        f"{confidence:.0%} intervals over {n} perturbations."
-    ).replace("%", "\u202f%")
+        f"{format_level(confidence)} intervals over {n} perturbations."
+    )
     above = comparison.gains.get(CHANCE)
     if above is not None and above.outcome != BETTER:
         text += " It is not clearly better than a random order."
@@ -268,7 +268,7 @@ def representation_view(inputs: ReportInputs) -> dict[str, Any] | None:
             for c in comparisons
         ],
         "label": label,
-        "confidence": f"{settings.confidence:.0%}".replace("%", "\u202f%"),
+        "confidence": format_level(settings.confidence),
         "cells": _cells(table),
         "figures": [
             _comparison_figure(comparisons, labels, settings.confidence),
@@ -297,7 +297,7 @@ def _comparison_figure(comparisons: list[Comparison], labels: Mapping[str, str],
     options = {
         f"{c.measure.label} {c.measure.arrow}".strip(): _comparison_panel(c, labels) for c in comparisons
     }
-    level = f"{confidence:.0%}".replace("%", "\u202f%")
+    level = format_level(confidence)
     caption = Caption(
         title="Embeddings of cells that training never saw",
         shows=f"One metric of every embedding; kNN-mAP with its {level} interval over perturbations, the "

@@ -51,7 +51,7 @@ def _svg(figure: Figure) -> str:
 
 
 def calibration_svg(inputs: ReportInputs) -> str:
-    """Draw every model on every headline metric with its 95 % interval, as SVG text.
+    """Draw every model on every headline metric with its interval, as SVG text.
 
     The band runs from the training mean to the technical duplicate.
     """

@@ -24,7 +24,7 @@ from biojepa.report.figures import (
 )
 from biojepa.report.glossary import MetricText, metric_text, model_text
 from biojepa.report.inputs import ReportInputs
-from biojepa.report.tables import MISSING, format_count, format_number, format_percent
+from biojepa.report.tables import MISSING, format_count, format_level, format_number, format_percent
 
 LABELS = {
     "n_genes_seen": "Genes seen in training",
@@ -173,8 +173,8 @@ def _figure(inputs: ReportInputs, table: pd.DataFrame, metrics: list[MetricText]
     largest = table.groupby(["metric", "property", "stratum"])["n"].max()
     caption = Caption(
         title="Scores by properties of the perturbation",
-        shows="Mean and 95 % interval of the model, of the simple model that is best over all perturbations, "
-        "and of the duplicate, in parts of about equal size by one property.",
+        shows=f"Mean and {format_level(inputs.confidence)} interval of the model, of the simple model that "
+        "is best over all perturbations, and of the duplicate, in parts of about equal size by one property.",
         read="Where the duplicate falls, the truth is noise and no model can score. Where it stays high and "
         "the model falls, the model does not know such perturbations.",
         n=f"{format_count(largest.min())} to {format_count(largest.max())} perturbations in a part",
@@ -225,6 +225,7 @@ def _trace(inputs: ReportInputs, name: str, found: list[tuple[int, dict[str, Any
     model = model_text(name, inputs.lead_model)
     style = dict(GROUP_STYLE[model.group])
     rows = [row for _, row in found]
+    level = format_level(inputs.confidence)
     is_best = name == str(rows[0]["best_baseline"])
     if is_best:
         style["color"] = "@best"
@@ -249,5 +250,5 @@ def _trace(inputs: ReportInputs, name: str, found: list[tuple[int, dict[str, Any
         "customdata": [
             [format_count(row["n"]), _interval(row, "ci_low", "ci_high") or MISSING] for row in rows
         ],
-        "hovertemplate": "%{y:.3f} (95 % interval %{customdata[1]}), n = %{customdata[0]}",
+        "hovertemplate": "%{y:.3f} (" + level + " interval %{customdata[1]}), n = %{customdata[0]}",
     }

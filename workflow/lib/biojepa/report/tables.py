@@ -27,7 +27,8 @@ from biojepa.report.glossary import (
 from biojepa.report.inputs import ReportInputs
 
 MISSING = "–"
-SIGNIFICANT_Q = 0.05
+# Metrics that rank a truth among those of its fold.
+RANKS = ("rank_l2", "rank_cosine")
 
 
 def format_number(value: Any, digits: int = 3) -> str:
@@ -57,6 +58,11 @@ def format_percent(share: Any) -> str:
     return f"{100 * float(share) + 0.0:.0f}\u202f%".replace("-0\u202f", "0\u202f").replace("-", "−")
 
 
+def format_level(share: float) -> str:
+    """Return the level of an interval as a percentage with the decimals that it needs."""
+    return f"{100 * share:.6g}\u202f%"
+
+
 def format_p(value: Any) -> str:
     """Return a p or q value: three decimals, and powers of ten below 0.001."""
     if value is None or pd.isna(value):
@@ -71,12 +77,21 @@ def format_count(value: Any) -> str:
     return f"{int(value):,}".replace(",", "\u202f")
 
 
+def ranked_among(inputs: ReportInputs, metric: str) -> str:
+    """Say among how many truths of its fold a rank is sought; empty for a metric that is no rank."""
+    if metric not in RANKS:
+        return ""
+    least, most = inputs.truths_of_a_fold
+    to = "" if least == most else f" to {format_count(most)}"
+    return f"among {format_count(least)}{to} of a fold"
+
+
 @dataclass(frozen=True)
 class ScoreCell:
     """One score of one model: formatted mean, interval and gap, and how it is marked.
 
     ``n`` is empty where it is that of the column. ``mark`` is ``better`` or ``worse`` where the paired
-    test against the best baseline is significant (q < 0.05), else empty. ``bar`` is the gap closed in
+    test against the best baseline is significant, else empty. ``bar`` is the gap closed in
     percent, cut to 0–100, or None.
     """
 
@@ -144,6 +159,7 @@ class MetricColumn:
     baseline: str | None
     digits: int
     n: int
+    fdr: float
 
     @classmethod
     def of(cls, inputs: ReportInputs, metric: str, category: str) -> MetricColumn:
@@ -162,14 +178,15 @@ class MetricColumn:
         n = max((rows[name]["n"] for name in scored), default=0)
         complete = [name for name in scored if rows[name]["n"] == n]
         best = min(complete, key=lambda name: text.loss(rows[name]["mean"]), default=None)
-        return cls(text, rows, best, inputs.best_baseline(metric, category), decimals(table["mean"]), int(n))
+        baseline = inputs.best_baseline(metric, category)
+        return cls(text, rows, best, baseline, decimals(table["mean"]), int(n), inputs.fdr)
 
     def mark(self, model: ModelText) -> str:
         """Return ``better`` or ``worse`` where the test against the best baseline is significant."""
         row = self.rows.get(model.name, {})
         q = row.get("q_vs_best_baseline", math.nan)
         against = self.rows.get(self.baseline or "", {}).get("mean", math.nan)
-        if pd.isna(q) or q >= SIGNIFICANT_Q or model.group in (POSITIVE, NEGATIVE) or pd.isna(against):
+        if pd.isna(q) or q >= self.fdr or model.group in (POSITIVE, NEGATIVE) or pd.isna(against):
             return ""
         return "better" if self.text.loss(row["mean"]) < self.text.loss(against) else "worse"
 

@@ -13,10 +13,10 @@ from biojepa.evaluation.trust import METRIC
 from biojepa.report.figures import Caption, Figure, Spec, escape, number, numbers
 from biojepa.report.glossary import category_label, metric_text, model_text
 from biojepa.report.inputs import ReportInputs
-from biojepa.report.tables import MISSING, format_count, format_number, format_percent
+from biojepa.report.tables import MISSING, format_count, format_level, format_number, format_percent
 
 MIN_BIN, MAX_BINS = 8, 5
-DRAWS, CONFIDENCE = 1000, 0.95
+DRAWS = 1000
 
 
 def trust_view(inputs: ReportInputs) -> dict[str, Any] | None:
@@ -29,12 +29,12 @@ def trust_view(inputs: ReportInputs) -> dict[str, Any] | None:
     return {
         "sentence": judged.get("sentence", ""),
         "skill": bool(judged.get("skill")),
-        "facts": _facts(judged) if len(fitted) else [],
+        "facts": _facts(judged, inputs.confidence) if len(fitted) else [],
         "figures": [_figure(inputs, fitted, judged)] if len(fitted) else [],
     }
 
 
-def _facts(judged: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(judged: dict[str, Any], confidence: float) -> list[tuple[str, str]]:
     def between(name: str, show: Any) -> str:
         ends = [show(judged.get(f"{name}_ci_{end}")) for end in ("low", "high")]
         return "" if MISSING in ends else f" ({ends[0]} to {ends[1]})"
@@ -42,7 +42,10 @@ def _facts(judged: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("Mean error of the expected accuracy", format_number(judged.get("mae"))),
         ("Mean error of one guess for all", format_number(judged.get("mae_guess"))),
-        ("Gain, 95 % interval", format_number(judged.get("gain")) + between("gain", format_number)),
+        (
+            f"Gain, {format_level(confidence)} interval",
+            format_number(judged.get("gain")) + between("gain", format_number),
+        ),
         (
             "Correlation of observed accuracy with what the features add",
             format_number(judged.get("correlation")),
@@ -54,7 +57,7 @@ def _facts(judged: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def quantile_bins(table: pd.DataFrame) -> pd.DataFrame:
+def quantile_bins(table: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Average expected and observed accuracy in bins of about equal size by the expected one.
 
     Returns
@@ -73,7 +76,7 @@ def quantile_bins(table: pd.DataFrame) -> pd.DataFrame:
             observed = table["observed"].to_numpy(float)[inside]
             n = len(inside)
             counts = rng.multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(float)
-            low, high = interval(bootstrap_means(observed[:, None], counts), CONFIDENCE)
+            low, high = interval(bootstrap_means(observed[:, None], counts), confidence)
             mean = float(table["expected"].to_numpy(float)[inside].mean())
             rows.append((mean, float(observed.mean()), float(low[0]), float(high[0]), n))
     return pd.DataFrame(rows, columns=["expected", "observed", "low", "high", "n"])
@@ -81,7 +84,7 @@ def quantile_bins(table: pd.DataFrame) -> pd.DataFrame:
 
 def _figure(inputs: ReportInputs, table: pd.DataFrame, judged: dict[str, Any]) -> Figure:
     metric, model = metric_text(METRIC), model_text(str(judged.get("model", inputs.lead_model)))
-    bins = quantile_bins(table)
+    bins = quantile_bins(table, inputs.confidence)
     ends = [-1.0, 1.0]
     # Expectations vary less than what is observed, and would fill a corner of a square.
     across = [number(table["expected"].min() - 0.05), number(table["expected"].max() + 0.05)]
@@ -104,7 +107,8 @@ def _figure(inputs: ReportInputs, table: pd.DataFrame, judged: dict[str, Any]) -
         title="Expected against observed accuracy",
         shows=f"Each point is a held-out perturbation: the accuracy of {model.label} ({metric.label}) that "
         "was to be expected of it from a fit to other perturbations, and the one observed. Thin lines: its "
-        f"{format_percent(judged.get('nominal'))} interval; squares: means{size} with their 95 % interval.",
+        f"{format_percent(judged.get('nominal'))} interval; squares: means{size} with their "
+        f"{format_level(inputs.confidence)} interval.",
         read="On the dotted line the expectation is right on average. A cloud without a slope means that "
         "nothing known beforehand tells good from bad predictions.",
         n=f"{format_count(len(table))} perturbations",

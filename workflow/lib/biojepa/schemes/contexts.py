@@ -31,7 +31,7 @@ def split_context(
     A perturbation of the held-out context is a label of its own, ``A+B @ K562``. Control cells of every
     context stay in training: what unperturbed cells of a new context look like is known before any of them
     is perturbed. Validation are perturbations of the other contexts; their counterparts in the held-out
-    one are tested nevertheless, and their category says that training did not hold them.
+    one are left out, because what early stopping and the gate have seen of them is not unseen.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ def split_context(
 
     Returns
     -------
-    The fold; facts ``context_column``, ``context``, ``min_cells_in_context`` and ``left_out``: labels with
-    too few cells, and how many they have.
+    The fold; facts ``context_column``, ``context``, ``min_cells_in_context``, ``validation_elsewhere`` and
+    ``left_out``: labels with too few cells or used for validation elsewhere, and how many they have.
 
     Raises
     ------
@@ -94,13 +94,16 @@ def split_context(
     rng = np.random.default_rng([seed, fold])
     validation = draw_validation(rest, round(validation_share * len(rest)), rng)
     training = [name for name in rest if name not in validation]
-    placed = {in_context(name, held_out) for name in test}
+    stopped_by = {in_context(name, held_out): tested[name] for name in test if name in validation}
+    left_out |= stopped_by
+    placed = {in_context(name, held_out) for name in test} - set(stopped_by)
     return HeldOut(
         split_table(sorted([*rest, *placed]), validation, placed, training),
         {
             CONTEXT_COLUMN: column,
             CONTEXT: held_out,
             "min_cells_in_context": min_cells,
+            "validation_elsewhere": sorted(stopped_by),
             LEFT_OUT: {name: int(n) for name, n in sorted(left_out.items())},
         },
     )
