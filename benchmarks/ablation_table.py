@@ -6,7 +6,7 @@ Question: does the trained encoder add anything to principal components, or to i
 Method: scores of ``evaluate/metrics.tsv``, means over held-out perturbations with bootstrap intervals,
 and paired differences over the same perturbations. Level, number and seed of the draws are those of the run,
 from its ``provenance.json``; defaults where that is missing. Units: those of the metric.
-``write_results.py`` puts the same lines, of runs with the defaults, into ``docs/results.md``.
+``write_results.py`` puts the same lines into ``docs/ablation.md``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Write the tables of ``docs/results.md`` from finished runs.
+"""Write the tables of ``docs/results.md`` and ``docs/ablation.md`` from finished runs.
 
     python benchmarks/write_results.py RESULTS_FOLDER [RESULTS_FOLDER ...] > docs/results.md
 
-Each folder is a ``results`` folder with ``{dataset}/{split}/evaluate/summary.tsv``; ``logs/benchmarks``
-beside it says what the jobs took. Scores are means over held-out perturbations with 95 % bootstrap intervals.
+Each folder is a ``results`` folder with ``{dataset}/{split}/evaluate/summary.tsv``. Scores are means over
+held-out perturbations with 95 % bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ METRICS = {
 }
 CATEGORIES = ("combo_seen2", "combo_seen1", "combo_seen0", "single_in_combo", "single")
 DRAWS = 4000
-HEAD = """# Results
+DEFAULT = "config/examples/results.yaml"
+HEAD = """# {title}
 
-Made by `python benchmarks/write_results.py results > docs/results.md` after this run, on two CPU cores
+Made by `python benchmarks/write_results.py results{option} > docs/{name}.md` after this run, on two CPU cores
 without a GPU. `FOLDER` holds the two published screens, the networks and the gene sets.
 
 ```sh
-./run.sh --cores 2 --configfile config/examples/ablation.yaml --config data_dir=FOLDER
+./run.sh --cores 2 --configfile {config} --config data_dir=FOLDER
 ```
 
 All five folds, one seed. Means over held-out perturbations, 95 % bootstrap intervals over perturbations. The
@@ -47,6 +48,8 @@ def cell(row: pd.Series) -> str:
     """Write a mean with its interval, or a dash where there is none."""
     if pd.isna(row["mean"]):
         return "–"
+    if pd.isna(row["ci_low"]):
+        return f"{row['mean']:.2f}"
     return f"{row['mean']:.2f} ({row['ci_low']:.2f} to {row['ci_high']:.2f})"
 
 
@@ -110,24 +113,41 @@ def section(folder: Path) -> Iterator[str]:
     yield ""
     yield from by_category(summary)
     yield ""
-    others = ("mean", "no_change", "shuffled_priors", "ridge", "multihot", "kernel_ridge", "pca", "untrained")
+    others = ("mean", "no_change", "shuffled_priors", "ridge", "multihot", "mlp", "kernel_ridge", "pca")
     known = set(metrics["model"])
     yield from paired(metrics, verdict["model"], [name for name in others if name in known])
     yield ""
+    if trust := (verdict.get("trust") or {}).get("sentence"):
+        yield trust
+        yield ""
+    yield from representation(folder)
     yield from ablation_lines(metrics, settings_of(folder.parents[2], dataset))
 
 
-def effort(folder: Path) -> Iterator[str]:
-    """Yield what the jobs of one dataset took, from Snakemake's benchmark tables beside the results."""
-    dataset = folder.parts[-3]
-    tables = sorted((folder.parents[3] / "logs" / "benchmarks" / dataset).rglob("*.tsv"))
-    if not tables:
+def representation(folder: Path) -> Iterator[str]:
+    """Yield how well embeddings retrieve cells of the same held-out perturbation, and what else they hold."""
+    files = sorted(folder.parent.glob("fold*/*/seed*/embed/representation.tsv"))
+    if not files:
         return
-    jobs = pd.concat([pd.read_csv(path, sep="\t", na_values=["-", "NA"]) for path in tables])
-    yield (
-        f"{len(jobs)} benchmarked jobs: {jobs['s'].sum():.0f} s one after the other, the longest "
-        f"{jobs['s'].max():.0f} s; peak memory of a job {jobs['max_rss'].max():.0f} MB."
-    )
+    table = pd.concat([pd.read_csv(path, sep="\t") for path in files])
+    shown = {
+        "knn_map_distinctiveness": "kNN-mAP",
+        "probe_perturbation": "perturbation probe",
+        "probe_batch": "batch probe",
+        "probe_depth": "depth probe, R²",
+    }
+    means = table.groupby(["embedding", "metric"])[["value", "chance"]].mean()
+    known = [name for name in shown if name in means.index.get_level_values("metric")]
+    yield "Embeddings of held-out cells, means over folds and perturbations (in brackets, chance):"
+    yield ""
+    yield "| embedding | " + " | ".join(shown[name] for name in known) + " |"
+    yield "| --- |" + " ---: |" * len(known)
+    for embedding in dict.fromkeys(table["embedding"]):
+        fields = []
+        for name in known:
+            value, chance = means.loc[(embedding, name)]
+            fields.append(f"{value:.3f}" + ("" if pd.isna(chance) else f" ({chance:.3f})"))
+        yield f"| {embedding} | " + " | ".join(fields) + " |"
     yield ""
 
 
@@ -137,10 +157,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="+", type=Path)
-    lines = [HEAD]
-    for results in parser.parse_args().results:
+    parser.add_argument("--config", default=DEFAULT, help="the config of the run")
+    given = parser.parse_args()
+    name = Path(given.config).stem
+    option = "" if given.config == DEFAULT else f" --config {given.config}"
+    lines = [HEAD.format(title=name.capitalize(), name=name, option=option, config=given.config)]
+    for results in given.results:
         for folder in sorted(results.glob("*/*/evaluate")):
-            lines += [*section(folder), *effort(folder)]
+            lines += section(folder)
     sys.stdout.write("\n".join(lines))
 
 

@@ -287,6 +287,13 @@ def test_the_config_of_all_schemes_is_valid(monkeypatch):
     assert config.schemes == list(SCHEMES) and config.datasets == ["demo"]
 
 
+def test_true_and_false_from_the_command_line_are_read(folder):
+    assert load(archived="true").archived is True
+    assert load(archived="False").archived is False
+    with pytest.raises(ConfigError, match=r"key archived: 'perhaps' is not of type 'boolean'"):
+        load(archived="perhaps")
+
+
 def test_sources_know_where_their_files_are(folder):
     config = load(run=["demo", "mine", "web"])
     demo, mine, web = (config.source(name) for name in config.datasets)

@@ -329,7 +329,7 @@ def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
         With every problem found, each naming file and key or row, what was found and what to write.
     """
     schema = _read_schema(Path(schemas) / "config.schema.yaml")
-    content = copy.deepcopy(dict(config))
+    content = _with_booleans(copy.deepcopy(dict(config)), schema)
     problems = list(_problems(content, schema, "config"))
     for name, override in (content.get("overrides") or {}).items():
         if isinstance(override, Mapping):
@@ -346,6 +346,15 @@ def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
     if problems:
         raise ConfigError(_listing(problems))
     return resolved
+
+
+def _with_booleans(content: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Read true and false, which Snakemake hands on as text when they follow ``--config``."""
+    words = {"true": True, "false": False}
+    for key, value in content.items():
+        if schema["properties"].get(key, {}).get("type") == "boolean" and isinstance(value, str):
+            content[key] = words.get(value.lower(), value)
+    return content
 
 
 def _contradictions(config: Config) -> Iterator[str]:
