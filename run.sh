@@ -74,7 +74,8 @@ test)
     snakefmt --check Snakefile workflow
     mypy
     snakemake --lint
-    python -m pytest "$@"
+    # Files side by side, one thread each.
+    OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile "$@"
     ;;
 *)
     install pipeline

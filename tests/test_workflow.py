@@ -14,6 +14,7 @@ import yaml
 from scipy import sparse
 
 from biojepa import contracts
+from biojepa.contracts import OTHER_SCREEN
 from biojepa.files import read_tsv, sha256_of
 from biojepa.halves import half_b
 from biojepa.pairs import read_pairs
@@ -418,5 +419,5 @@ def test_scripts_can_carry_the_preamble_of_snakemake(repo):
 
 def test_the_tiny_config_runs_the_default_models(repo):
     schema = yaml.safe_load((repo / "workflow/schemas/config.schema.yaml").read_text(encoding="utf-8"))
-    assert set(schema["properties"]["models"]["default"]) == {*BASELINES, *TRAINED}
+    assert set(schema["properties"]["models"]["default"]) == {*BASELINES, *TRAINED, OTHER_SCREEN}
     assert "models" not in yaml.safe_load(TINY.read_text(encoding="utf-8"))
