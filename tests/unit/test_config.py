@@ -297,9 +297,8 @@ def test_true_and_false_from_the_command_line_are_read(folder):
 def test_sources_know_where_their_files_are(folder):
     config = load(run=["demo", "mine", "web"])
     demo, mine, web = (config.source(name) for name in config.datasets)
-    assert (demo.path, demo.raw_inputs) == ("resources/datasets/demo/raw.h5ad",) * 1 + (
-        ["resources/datasets/demo/raw.h5ad"],
-    )
+    assert demo.path == "resources/datasets/demo/raw.h5ad"
+    assert demo.raw_files == [demo.path]
     assert demo.networks == ["resources/datasets/demo/network.tsv.gz"]
     assert (mine.path, mine.downloads) == ("data/mine.h5ad", [])
     assert web.downloads == [web.path] == ["resources/datasets/web/web_screen.h5ad"]
@@ -549,12 +548,14 @@ def test_a_folder_is_read_file_by_file(folder):
     (folder / "config/datasets.tsv").write_text(
         "dataset\tsource\tguide_table\nten\t{data_dir}/screen\t{data_dir}/mine.h5ad\n", encoding="utf-8"
     )
-    assert load(run=["ten"]).source("ten").raw_inputs == [
+    source = load(run=["ten"]).source("ten")
+    assert source.raw_files == [
         "data/screen/barcodes.tsv.gz",
         "data/screen/features.tsv.gz",
         "data/screen/matrix.mtx.gz",
-        "data/mine.h5ad",
     ]
+    assert source.table("guide_table") == ["data/mine.h5ad"]
+    assert source.table("cell_metadata") == []
 
 
 @pytest.mark.parametrize(

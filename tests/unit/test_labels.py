@@ -8,9 +8,8 @@ from biojepa.labels import (
     control_names,
     genes_of,
     normalize_label,
-    normalize_labels,
-    other_controls,
 )
+from biojepa.preprocess.cell_labels import normalize_labels, other_controls
 
 
 @pytest.mark.parametrize(

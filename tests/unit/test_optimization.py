@@ -143,6 +143,19 @@ def test_the_device_that_was_asked_for_is_taken_or_refused(monkeypatch):
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
 
 
+def test_a_gpu_that_torch_cannot_use_is_reported_and_no_gpu_is_not(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    for present in (False, True):
+        monkeypatch.setattr(optimization, "machine_has_gpu", lambda present=present: present)
+        caplog.clear()
+        assert choose_device("auto") == torch.device("cpu")
+        found = "\n".join(caplog.messages)
+        assert (found != "") == present
+    for part in ("a build without CUDA", "training on the CPU", "CONDA_OVERRIDE_CUDA"):
+        assert part in found
+
+
 def test_losses_of_micro_batches_add_up_before_one_step():
     whole, parts = (nn.Parameter(torch.tensor([0.3, 0.2])) for _ in range(2))
     x = torch.tensor([[0.1, 0.4], [0.3, -0.2], [0.2, 0.1]])

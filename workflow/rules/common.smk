@@ -6,8 +6,9 @@ from pathlib import Path
 LIBRARY = Path(workflow.current_basedir).parent / "lib"
 sys.path.insert(0, str(LIBRARY))
 
-from biojepa.config import ConfigError, load_config, machine_has_gpu
+from biojepa.config import ConfigError, load_config
 from biojepa.contracts import NO_SPLIT, OTHER_SCREEN
+from biojepa.hardware import machine_has_gpu
 from biojepa.imports import code_digest
 from biojepa.models import (
     ORACLES,
@@ -49,7 +50,12 @@ def settings_of(stage):
 
 def get_raw(wildcards):
     """Files that the preprocess stage reads, from the download stage or the user's own."""
-    return CONFIG.source(wildcards.dataset).raw_inputs
+    return CONFIG.source(wildcards.dataset).raw_files
+
+
+def get_table(column):
+    """Getter of a table beside the raw files, which a dataset may do without."""
+    return lambda wildcards: CONFIG.source(wildcards.dataset).table(column)
 
 
 def raw_files_of_all():

@@ -5,6 +5,8 @@ rule preprocess:
     """Assign guides, drop cells of low quality, normalize, and describe every perturbation."""
     input:
         raw=get_raw,
+        cell_metadata=get_table("cell_metadata"),
+        guide_table=get_table("guide_table"),
     output:
         cells="results/{dataset}/preprocess/cells.h5ad",
         qc="results/{dataset}/preprocess/qc.tsv",

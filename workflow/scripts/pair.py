@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from biojepa.files import sha256_of, write_tsv
 from biojepa.logs import log_to
 from biojepa.pairing import PairSettings, build_pairs
-from biojepa.prediction_requests import read_requests
+from biojepa.prediction_requests import read_requests, requests_from
 
 if __name__ == "__main__":
     with log_to(snakemake.log[0]):
@@ -36,6 +36,8 @@ if __name__ == "__main__":
             facts,
             gene_tables=snakemake.input.get("gene_tables", []),
             responses=others,
-            requests=read_requests(snakemake.params.predict),
+            requests=read_requests(
+                requests_from(snakemake.params.predict, snakemake.input.get("requests", []))
+            ),
         )
         write_tsv(coverage, snakemake.output.coverage)

@@ -21,7 +21,7 @@ from biojepa.files import read_tsv, sha256_of, write_tsv
 from biojepa.logs import log_to
 from biojepa.pairs import read_pairs
 from biojepa.prediction import held_out_accuracy, predict_perturbations
-from biojepa.prediction_requests import read_requests
+from biojepa.prediction_requests import read_requests, requests_from
 from biojepa.predictions import write_requested
 from biojepa.provenance import environment
 from biojepa.splits import read_split
@@ -42,7 +42,7 @@ def main(snakemake) -> None:
     predictions = predict_perturbations(
         model,
         read_pairs(source.pairs),
-        read_requests(params.predict),
+        read_requests(requests_from(params.predict, source.get("requests", []))),
         held_out,
         settings.min_perturbations,
         Expectation.of(read_tsv(source.trust, dtype={PERTURBATION: str, CATEGORY: str}), settings),

@@ -9,7 +9,7 @@ distance to control in principal components, permutation test) and the number of
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,30 @@ def checksums(raw: Iterable[str]) -> dict[str, str]:
     return {file.name: sha256_of(file) for file in files if file.is_file()}
 
 
+def found_at(
+    source: Mapping[str, Any], raw: Sequence[str], tables: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Return the row of the dataset table with its files where the rule's input has them.
+
+    In a workflow that uses this one as a module with a prefix, they are elsewhere than the table says.
+    """
+    first = Path(raw[0])
+    path = first if first.name == Path(source["path"]).name else first.parent
+    return {**source, "path": str(path), **{name: files[0] for name, files in tables.items() if files}}
+
+
+def listed(files: str | Iterable[str]) -> list[str]:
+    """Return the paths of a named input, which is a string where it is one file."""
+    return [files] if isinstance(files, str) else list(files)
+
+
 if __name__ == "__main__":
     with log_to(snakemake.log[0]):
-        raw = snakemake.input.raw
+        raw = listed(snakemake.input.raw)
+        tables = {name: listed(getattr(snakemake.input, name)) for name in ("cell_metadata", "guide_table")}
         preprocess(
-            raw=[raw] if isinstance(raw, str) else raw,
-            source=snakemake.params.source,
+            raw=dict.fromkeys([*raw, *(path for files in tables.values() for path in files)]),
+            source=found_at(snakemake.params.source, raw, tables),
             settings=snakemake.params.settings,
             cells=snakemake.output.cells,
             qc=snakemake.output.qc,

@@ -11,8 +11,10 @@ from biojepa.provenance import record_of_run
 
 if __name__ == "__main__":
     with log_to(snakemake.log[0]):
+        # Of a module with a prefix, logs lie beside results below it.
+        benchmarks = Path(snakemake.output[0]).parent.parent / "logs" / "benchmarks"
         files = [*snakemake.input.splits, *snakemake.input.metrics, *snakemake.input.reports]
         write_json(
-            record_of_run(snakemake.params.config, files, Path("logs/benchmarks"), Path(__file__).parent),
+            record_of_run(snakemake.params.config, files, benchmarks, Path(__file__).parent),
             snakemake.output[0],
         )

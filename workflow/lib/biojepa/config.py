@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,6 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import jsonschema
-import pandas as pd
 import yaml
 
 from biojepa.contracts import NO_SPLIT, OTHER_SCREEN
@@ -111,14 +111,16 @@ class Source:
         return [self.path] if self.is_remote else []
 
     @property
-    def raw_inputs(self) -> list[str]:
-        """All files that the preprocess stage reads. Of a folder, the files in it."""
-        extra = [self.row[key] for key in ("cell_metadata", "guide_table") if self.row[key]]
+    def raw_files(self) -> list[str]:
+        """Files that hold the screen: one, or those of a folder."""
         path = Path(self.path)
-        files = [self.path]
         if not self.is_simulated and not self.is_remote and path.is_dir():
-            files = sorted(file.as_posix() for file in path.iterdir() if file.is_file())
-        return list(dict.fromkeys([*files, *extra]))
+            return sorted(file.as_posix() for file in path.iterdir() if file.is_file())
+        return [self.path]
+
+    def table(self, column: str) -> list[str]:
+        """Path of a table beside the raw files, ``cell_metadata`` or ``guide_table``; empty for none."""
+        return [self.row[column]] if self.row[column] else []
 
     @property
     def screen(self) -> dict[str, str]:
@@ -306,11 +308,6 @@ class Config:
             name: {key: _merge(self.content[key], overrides.get(name, {}).get(key, {})) for key in SECTIONS}
             for name in self.sources
         }
-
-
-def machine_has_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU, found without importing torch."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
@@ -598,14 +595,17 @@ def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict
     path = Path(content["datasets"])
     if not path.is_file():
         raise ConfigError(f"config, datasets: no file {path}. Fix: name the table of datasets")
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, comment="#")
-    if "dataset" not in table:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = [line for line in file if not line.startswith("#") and line.strip()]
+    reader = csv.DictReader(lines, delimiter="\t", restval="")
+    if "dataset" not in (reader.fieldnames or ()):
         raise ConfigError(
-            f"{path}: found columns {list(table.columns)}; expected a column dataset. "
+            f"{path}: found columns {reader.fieldnames}; expected a column dataset. "
             "Fix: separate columns by tabs"
         )
+    table = list(reader)
     sources: dict[str, Source] = {}
-    known = table["dataset"].tolist()
+    known = [row["dataset"] for row in table]
     for name in content["overrides"]:
         if name not in known:
             raise ConfigError(f"config, overrides.{name}: expected a dataset of {path}: {', '.join(known)}")
@@ -613,14 +613,14 @@ def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict
     for name, where in wanted:
         if name in sources:
             continue
-        rows = table[table["dataset"] == name]
+        rows = [row for row in table if row["dataset"] == name]
         if len(rows) != 1:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(
                 f"{where}: {name} is in {len(rows)} rows of {path}; expected one of {', '.join(known)}.{hint}"
             )
-        row = {key: value for key, value in rows.iloc[0].to_dict().items() if value != ""}
+        row = {key: value for key, value in rows[0].items() if value != ""}
         problems = list(_problems(row, schema, f"{path}, row {name}"))
         if problems:
             raise ConfigError(_listing(problems))

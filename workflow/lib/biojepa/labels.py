@@ -1,12 +1,13 @@
-"""Perturbation labels: one spelling for the same perturbation, whatever the file calls it."""
+"""Perturbation labels: one spelling for the same perturbation, whatever the file calls it.
+
+The config is checked with this before any job, so it imports neither NumPy nor pandas.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
-
-import numpy as np
-import pandas as pd
+from collections.abc import Sequence
 
 from biojepa.contracts import ALL_CONTEXTS, CONTEXT_SEPARATOR, CONTROL, GENE_SEPARATOR
 from biojepa.errors import InputError
@@ -69,7 +70,7 @@ def normalize_label(
     InputError
         When a gene holds what joins the genes of a combination here, or a perturbation and its context.
     """
-    if raw is None or (isinstance(raw, float) and np.isnan(raw)) or raw is pd.NA:
+    if raw is None or (isinstance(raw, float) and math.isnan(raw)):
         return None
     whole = str(raw).strip()
     stripped = re.sub(pattern, "", whole).strip() if pattern else whole
@@ -101,35 +102,6 @@ def normalize_label(
             "strip the extra text with `label_pattern`",
         )
     return GENE_SEPARATOR.join(sorted(genes)) if genes else CONTROL
-
-
-def normalize_labels(
-    raw: Iterable[object],
-    separator: str = GENE_SEPARATOR,
-    controls: Sequence[str] = (),
-    pattern: str = "",
-) -> np.ndarray:
-    """Return the labels of many cells, shape ``(cells,)``, dtype object; see `normalize_label`.
-
-    Every distinct label is looked at once, so a million cells cost as much as their labels.
-    """
-    codes, distinct = pd.factorize(np.asarray(list(raw), dtype=object), use_na_sentinel=True)
-    labels = np.array(
-        [normalize_label(label, separator, controls, pattern) for label in distinct] + [None], dtype=object
-    )
-    return labels[codes]
-
-
-def other_controls(raw: Iterable[object], controls: Sequence[str]) -> dict[str, int]:
-    """Count the cells whose label is a control synonym that ``controls`` does not name."""
-    if not controls:
-        return {}
-    counts = pd.Series(list(raw), dtype=object).dropna().astype(str).str.strip().value_counts()
-    return {
-        str(label): int(n)
-        for label, n in counts.items()
-        if str(label) not in controls and str(label).casefold() in CONTROL_SYNONYMS
-    }
 
 
 def genes_of(label: str) -> list[str]:

@@ -22,6 +22,18 @@ def request_file(predict: Sequence[str] | str | None) -> str | None:
     return predict if isinstance(predict, str) and predict != ALL else None
 
 
+def requests_from(
+    predict: Sequence[str] | str | None, files: str | Sequence[str]
+) -> Sequence[str] | str | None:
+    """Return what to read: the file where a job finds it, if the key ``predict`` names one.
+
+    In a workflow that uses this one as a module with a prefix, it is elsewhere than the key says.
+    """
+    if request_file(predict) is None:
+        return predict
+    return files if isinstance(files, str) else files[0]
+
+
 def read_requests(predict: Sequence[str] | str | None) -> list[str] | str:
     """Read the key ``predict`` of the config.
 

@@ -23,7 +23,8 @@ from biojepa.contracts import (
 )
 from biojepa.errors import InputError
 from biojepa.guides import ASSIGNED, NO_GUIDE, GuideAssignment, assign_guides
-from biojepa.labels import control_names, genes_of, normalize_label, normalize_labels, other_controls
+from biojepa.labels import control_names, genes_of, normalize_label
+from biojepa.preprocess.cell_labels import normalize_labels, other_controls
 from biojepa.raw.read import GUIDE_COUNTS, GUIDE_NAMES
 from biojepa.raw.source import ScreenSource
 from biojepa.raw.tables import read_guide_table, require_column

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -16,12 +17,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from biojepa.errors import InputError
+from biojepa.hardware import machine_has_gpu
 from biojepa.training.distributed import average_gradients, is_main, local_device_index, world_size
 from biojepa.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from biojepa.training.settings import TrainSettings
 
+log = logging.getLogger(__name__)
+
+_CUDA_BUILD = (
+    "For a CUDA build of torch: by pip, the plain wheel of PyPI; by conda, remove the environment below "
+    ".snakemake/conda and make it again where the GPU is, or with CONDA_OVERRIDE_CUDA set to the CUDA version "
+    "of its driver, such as CONDA_OVERRIDE_CUDA=12.8"
+)
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 M = TypeVar("M", bound=nn.Module)
@@ -163,20 +172,29 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 def choose_device(wanted: str) -> torch.device:
     """Resolve ``auto``, ``cpu`` or ``cuda``; of several processes each takes the GPU of its number.
 
+    On a machine with a GPU that torch cannot use, ``auto`` warns: the job would take hours longer unseen.
+
     Raises
     ------
     InputError
         When cuda is asked for and absent.
     """
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted == "cpu" and machine_has_gpu():
+            log.warning(
+                "this machine has an NVIDIA GPU, but torch %s (%s) cannot use it: training on the CPU. %s",
+                torch.__version__,
+                built,
+                _CUDA_BUILD,
+            )
     if wanted == "cuda" and not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         raise InputError(
             "config key train.device",
             f"cuda, but torch {torch.__version__} ({built}) sees no GPU",
             "a visible GPU and a CUDA build of torch",
-            "run on a machine with a GPU, install a CUDA build of torch, or set train.device to auto or cpu",
+            f"run on a machine with a GPU, or set train.device to auto or cpu. {_CUDA_BUILD}",
         )
     if wanted == "cuda" and world_size() > 1:
         device = torch.device("cuda", local_device_index())
