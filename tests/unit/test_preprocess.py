@@ -470,7 +470,8 @@ def test_the_script_writes_what_the_library_finds(tmp_path):
     code = f"""
 import runpy
 from types import SimpleNamespace as N
-snakemake = N(input=N(raw=[{str(path)!r}], cell_metadata=[], guide_table=[]), params=N(source={source!r}, settings={settings!r}),
+snakemake = N(input=N(raw=[{str(path)!r}], cell_metadata=[], guide_table=[]),
+    params=N(source={source!r}, settings={settings!r}),
     output=N(cells={outputs["cells.h5ad"]!r}, qc={outputs["qc.tsv"]!r},
              perturbations={outputs["perturbations.tsv"]!r}), log=[{str(tmp_path / "log.txt")!r}])
 runpy.run_path({str(SCRIPTS / "preprocess.py")!r}, {{"snakemake": snakemake}}, run_name="__main__")

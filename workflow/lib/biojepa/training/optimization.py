@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 _CUDA_BUILD = (
     "For a CUDA build of torch: by pip, the plain wheel of PyPI; by conda, remove the environment below "
-    ".snakemake/conda and make it again where the GPU is, or with CONDA_OVERRIDE_CUDA set to the CUDA version "
-    "of its driver, such as CONDA_OVERRIDE_CUDA=12.8"
+    ".snakemake/conda and make it again where the GPU is, or with CONDA_OVERRIDE_CUDA set to the CUDA "
+    "version of its driver, such as CONDA_OVERRIDE_CUDA=12.8"
 )
 PRECISIONS = ("auto", "float32", "bfloat16")
 
