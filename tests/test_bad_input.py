@@ -1,9 +1,6 @@
 """What a user can get wrong: every mistake stops with one message that says what to change."""
 
 import hashlib
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import anndata as ad
 import numpy as np
@@ -12,7 +9,7 @@ import pytest
 
 from biojepa.errors import InputError
 from biojepa.training.optimization import choose_device
-from workflow_case import Pipeline, files_below
+from workflow_case import Pipeline, files_below, serve
 
 GENES = [f"G{i:02d}" for i in range(40)]
 PERTURBED = GENES[:8]
@@ -76,18 +73,8 @@ STAGE_OF |= {"altered": "download", "absent": "download"}
 def served(tmp_path_factory):
     """Serve a folder on this machine; yields the folder and its address."""
     folder = tmp_path_factory.mktemp("served")
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield folder, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serve(folder) as address:
+        yield folder, address
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +148,10 @@ def test_broken_data_stop_with_one_message_that_names_file_and_fix(broken, datas
 @pytest.mark.parametrize("dataset", MESSAGES)
 def test_broken_data_leave_nothing_half_written(broken, dataset):
     stage = STAGE_OF.get(dataset, "preprocess")
-    preprocess = {f"preprocess/{name}" for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")}
-    split = {f"perturbation/fold0/pair/{name}" for name in ("split.tsv", "split.json")}
+    made = ("cells.h5ad", "qc.tsv", "perturbations.tsv", "provenance/preprocess.json")
+    preprocess = {f"preprocess/{name}" for name in made}
+    frozen = ("split.tsv", "split.json", "provenance/freeze_split.json")
+    split = {f"perturbation/fold0/pair/{name}" for name in frozen}
     expected = {"freeze_split": preprocess, "pair": preprocess | split}.get(stage, set())
     assert files_below(broken.folder / "results" / dataset) == expected
     assert files_below(broken.folder / "resources" / "datasets" / dataset) == set()

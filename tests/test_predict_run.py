@@ -54,6 +54,8 @@ def test_nothing_is_made_for_prediction_but_its_own_files(asked):
     made = {f"{none}/pair/{name}" for name in ("split.tsv", "split.json", "pairs.h5", "coverage.tsv")}
     made |= {f"{none}/biojepa/seed0/train/{name}" for name in ("model.pt", "history.tsv", "metrics.json")}
     made |= {f"tiny/predict/{name}" for name in ("predictions.tsv", "predictions.h5ad")}
+    made |= {f"{none}/pair/provenance/{rule}.json" for rule in ("freeze_split", "pair")}
+    made |= {f"{none}/biojepa/seed0/train/provenance/train.json", "tiny/predict/provenance/predict.json"}
     assert files_below(pipeline.folder / "results") == expected_results(TRAINED) | made
     assert pipeline.planned("predicted", config=config) == {}
     (pipeline.folder / "more.txt").write_text("# another file\nGENE001\n", encoding="utf-8")

@@ -56,7 +56,7 @@ def test_tables_and_report_are_rebuilt_from_cells_splits_and_predictions(archive
     made = {
         f"tiny/perturbation/{name}"
         for name in files_below(finished.path("perturbation"))
-        if name.startswith(MADE)
+        if name.startswith(MADE) and "/provenance/" not in name  # a record holds the time of its job
     }
     assert {name.rsplit(".", 1)[1] for name in made} >= {"tsv", "json", "html", "svg", "h5ad"}
     assert differing(archive, finished, made | {"index.html"}) == []

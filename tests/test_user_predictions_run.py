@@ -34,7 +34,7 @@ def run_script(finished, name, predictions, output):
             input=SimpleNamespace(
                 predictions=predictions, cells=finished.path("preprocess", "cells.h5ad"), **pair
             ),
-            output=[output],
+            output=SimpleNamespace(predictions=output),
             wildcards=SimpleNamespace(model=name),
             params=SimpleNamespace(target_sum=TARGET_SUM, distribution={"max_cells": 1000, "seed": 0}),
         )

@@ -60,7 +60,7 @@ def test_the_chain_makes_every_file_and_leaves_nothing_else(finished):
     assert files_below(finished.folder / "results") == expected_results()
     made = files_below(finished.folder / "resources")
     names = ("raw.h5ad", "guides.csv", "network.tsv.gz", "gene_sets.gmt", "truth.h5ad", "truth_cells.tsv.gz")
-    assert made == {f"datasets/tiny/{name}" for name in names}
+    assert made == {f"datasets/tiny/{name}" for name in (*names, "provenance/simulate.json")}
 
 
 def test_every_job_keeps_a_log_and_every_heavy_one_its_run_time(finished):
@@ -391,10 +391,38 @@ def test_provenance_names_settings_files_and_run_times(finished):
     assert record["config"]["tiny"]["evaluate"]["draws"] == 100
     assert record["config"]["tiny"]["source"]["source"] == "simulator"
     assert record["packages"]["torch"] == torch.__version__
-    assert record["sha256"]
+    results = {f"results/{name}" for name in expected_results() if "provenance" not in name}
+    # Besides the files that reports are made of: what one may look at, and nothing else reads.
+    unread = {name for name in results if name.endswith(("embeddings.h5ad", "qc.tsv", "history.tsv"))}
+    assert results - unread <= record["sha256"].keys()
     for name, digest in record["sha256"].items():
-        assert sha256_of(finished.folder / name) == digest, name
-    assert record["jobs"]["tiny/perturbation/fold0/biojepa/seed0/train"]["seconds"] > 0
+        if (finished.folder / name).exists():  # the parameters of the simulator are in the checkout
+            assert sha256_of(finished.folder / name) == digest, name
+    assert len(record["jobs"]) == sum(ALL_JOBS[rule] for rule in ALL_JOBS.keys() - {"index", "provenance"})
+    job = record["jobs"]["tiny/perturbation/0/biojepa/0/train"]
+    assert job["seconds"] > 0 and job["peak_memory_mb"] > 0
+    assert job["device"].startswith("cpu") and job["threads"] == 1
+    assert job["seeds"]["seed"] == "0"
+    pairs = "results/tiny/perturbation/fold0/pair/pairs.h5"
+    assert job["inputs"] == {pairs: sha256_of(finished.folder / pairs)}
+
+
+def test_every_result_has_a_record_of_the_job_that_made_it(finished):
+    """The record names the file and its content, the code, the settings, the seeds and the inputs."""
+    for name in expected_results():
+        if "provenance" in name or name == "index.html":  # of the index, provenance.json is the record
+            continue
+        path = finished.folder / "results" / name
+        records = [json.loads(file.read_text("utf-8")) for file in (path.parent / "provenance").iterdir()]
+        (record,) = [record for record in records if f"results/{name}" in record["outputs"]]
+        assert record["outputs"][f"results/{name}"]["sha256"] == sha256_of(path)
+        assert {"commit", "packages", "machine", "device", "seconds", "seeds", "config"} <= record.keys()
+        assert record["config"]["run"] == ["tiny"]
+        for source, digest in record["inputs"].items():
+            if (finished.folder / source).exists():
+                assert sha256_of(finished.folder / source) == digest, (name, source)
+        if "fold" in name and "pair/" not in name and "/train/" not in name:
+            assert any(source.endswith("pair/split.tsv") for source in record["inputs"]), name
 
 
 def test_snakemakes_own_report_carries_the_items(finished, tmp_path):
@@ -404,7 +432,7 @@ def test_snakemakes_own_report_carries_the_items(finished, tmp_path):
     with zipfile.ZipFile(target) as archive:
         names = {name.rsplit("/", 1)[1] for name in archive.namelist()}
     assert {"report.html", "headline.tsv", "calibration.svg", "scatter.svg"} <= names
-    assert {"index.html", "summary.tsv", "strata.tsv", "trust.tsv"} <= names
+    assert {"index.html", "provenance.json", "summary.tsv", "strata.tsv", "trust.tsv"} <= names
 
 
 def test_scripts_can_carry_the_preamble_of_snakemake(repo):

@@ -7,8 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +146,25 @@ class Pipeline:
         return ad.read_h5ad(self.path("preprocess", "cells.h5ad"))
 
 
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """Serve a folder on this machine; yields its address."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 def jobs_of(output: str) -> dict[str, int]:
     """Read Snakemake's table of job counts."""
     rows = re.findall(r"^(\w+)\s+(\d+)\s*$", output, flags=re.MULTILINE)
@@ -158,21 +181,32 @@ def expected_results(trained: Sequence[str] = TRAINED) -> set[str]:
     """List every file below ``results`` that the chain makes of the tiny config."""
     expected = {"index.html", "provenance.json"}
     expected |= {f"tiny/preprocess/{name}" for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")}
+    expected.add("tiny/preprocess/provenance/preprocess.json")
     scheme = "tiny/perturbation"
     evaluated = ("metrics.tsv", "summary.tsv", "enrichment.tsv", "strata.tsv", "trust.tsv", "verdict.json")
     evaluated += ("observed.h5ad",)
     expected |= {f"{scheme}/evaluate/{name}" for name in evaluated}
     shown = ("report.html", "report/headline.tsv", "report/calibration.svg", "report/scatter.svg")
     expected |= {f"{scheme}/{name}" for name in shown}
+    records = ("evaluate/provenance/evaluate.json", "provenance/report.json", "report/provenance/report.json")
+    expected |= {f"{scheme}/{name}" for name in records}
     for fold in FOLDS:
         place = f"{scheme}/fold{fold}"
         paired = ("split.tsv", "split.json", "pairs.h5", "coverage.tsv")
+        paired += ("provenance/freeze_split.json", "provenance/pair.json")
         expected |= {f"{place}/pair/{name}" for name in paired}
         expected |= {f"{place}/{model}/seed0/embed/predictions.h5ad" for model in MODELS}
+        writers = dict.fromkeys(BASELINES, "baselines") | dict.fromkeys(REFERENCES, "references")
+        for model in MODELS:
+            writer = writers.get(model, "embed")
+            expected.add(f"{place}/{model}/seed0/embed/provenance/{writer}.json")
         for model in trained:
             run = f"{place}/{model}/seed0"
-            expected |= {f"{run}/train/{name}" for name in ("model.pt", "history.tsv", "metrics.json")}
+            trains = ("model.pt", "history.tsv", "metrics.json", "provenance/train.json")
+            expected |= {f"{run}/train/{name}" for name in trains}
             expected.add(f"{run}/embed/embeddings.h5ad")
-        expected.add(f"{place}/biojepa/seed0/embed/representation.tsv")
-    expected.add(f"{scheme}/fold0/biojepa/seed0/embed/umap.tsv")
+        measured = ("representation.tsv", "provenance/representation.json")
+        expected |= {f"{place}/biojepa/seed0/embed/{name}" for name in measured}
+    drawn = ("umap.tsv", "provenance/umap.json")
+    expected |= {f"{scheme}/fold0/biojepa/seed0/embed/{name}" for name in drawn}
     return expected

@@ -1,13 +1,28 @@
 """The record of a run says what made it."""
 
 import hashlib
+import json
 import platform
 import subprocess
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from snakemake.iocontainers import Namedlist
 
-from biojepa.provenance import commit_of, environment, machine, package_versions, record_of_run
+from biojepa.jobs import recorded_job
+from biojepa.provenance import (
+    commit_of,
+    environment,
+    inputs_from_outside,
+    jobs_behind,
+    machine,
+    package_versions,
+    record_of_run,
+)
 
 
 def git(folder, *arguments):
@@ -24,7 +39,7 @@ def test_versions_are_those_that_are_imported():
 
 def test_the_environment_holds_nothing_that_changes_between_runs():
     assert environment() == environment()
-    assert set(environment()) == {"packages", "machine"}
+    assert set(environment()) == {"commit", "packages", "machine"}
 
 
 def test_the_machine_is_named_with_processor_cores_and_memory(tmp_path, monkeypatch):
@@ -63,15 +78,137 @@ def test_a_machine_without_git_has_no_commit(tmp_path, monkeypatch):
     assert commit_of(tmp_path) == "not a git checkout"
 
 
-@pytest.mark.parametrize(("memory", "expected"), [("512.5", 512.5), ("-", None), ("NA", None)])
-def test_run_times_come_from_the_benchmark_tables(tmp_path, memory, expected):
-    table = tmp_path / "logs" / "tiny" / "train.tsv"
-    table.parent.mkdir(parents=True)
-    # Short jobs end before memory is looked at; Snakemake then writes a dash or NA.
-    table.write_text(f"s\th:m:s\tmax_rss\n1.5\t0:00:01\t9\n2.5\t0:00:02\t{memory}\n", encoding="utf-8")
-    result = tmp_path / "metrics.tsv"
-    result.write_bytes(b"x\n")
-    record = record_of_run({"tiny": {"pair": 1}}, [result], tmp_path / "logs", tmp_path)
-    assert record["jobs"] == {"tiny/train": {"seconds": 2.5, "max_rss_mb": expected}}
-    assert record["sha256"] == {str(result): hashlib.sha256(b"x\n").hexdigest()}
-    assert record["config"] == {"tiny": {"pair": 1}}
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass
+class Work:
+    """A chain of jobs in a folder, each given to the recorder as Snakemake would."""
+
+    folder: Path
+
+    def write(self, name, text):
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    def job(self, rule, sources, made, wildcards=None, params=None, **facts):
+        """Run a job that writes some files, name to text; return the path of its record."""
+        outputs = [str(self.folder / name) for name in made]
+        record = str(Path(outputs[0]).parent / "provenance" / f"{rule}.json")
+        listed = Namedlist([*outputs, record])
+        listed._set_name("record", len(outputs))
+        snakemake = SimpleNamespace(
+            rule=rule,
+            input=sources,
+            output=listed,
+            params=params or {},
+            wildcards=wildcards or {},
+            config={"run": ["demo"]},
+            threads=3,
+            log=[str(self.folder / f"{rule}.log")],
+        )
+        with recorded_job(snakemake) as known:
+            for path, text in zip(outputs, made.values(), strict=True):
+                self.write(path, text)
+            known.update(facts)
+        return Path(record)
+
+
+@pytest.fixture
+def work(tmp_path):
+    return Work(tmp_path)
+
+
+def test_a_job_leaves_a_record_beside_its_files(work):
+    source = work.write("raw/screen.mtx", "cells")
+    params = {
+        "settings": {"seed": 7, "deep": {"half_seed": 8}, "share": np.float64(0.5)},
+        "library": "digest of the code",
+        "ratio": float("nan"),
+    }
+    path = work.job(
+        "pair",
+        [source],
+        {"pair/pairs.h5": "pairs"},
+        {"dataset": "demo", "seed": "2"},
+        params,
+        device="cuda (X)",
+    )
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert path == work.folder / "pair" / "provenance" / "pair.json"
+    assert record["inputs"] == {source: sha256("cells")}
+    (made,) = record["outputs"].items()
+    assert made[0] == str(work.folder / "pair/pairs.h5") and made[1]["sha256"] == sha256("pairs")
+    assert record["seeds"] == {"seed": "2", "settings.seed": 7, "settings.deep.half_seed": 8}
+    assert record["settings"] == {
+        "settings": {"seed": 7, "deep": {"half_seed": 8}, "share": 0.5},
+        "ratio": "nan",
+    }
+    assert record["config"] == {"run": ["demo"]}
+    assert (record["rule"], record["threads"], record["device"]) == ("pair", 3, "cuda (X)")
+    assert record["commit"] == environment()["commit"] and record["packages"] == package_versions()
+    assert 0 <= record["seconds"] < 60 and record["peak_memory_mb"] > 10
+    assert datetime.fromisoformat(record["finished"]).utcoffset() == timedelta(0)
+
+
+def test_a_job_that_fails_leaves_no_record(work):
+    with pytest.raises(TypeError):
+        work.job("pair", [], {"pair/pairs.h5": None})
+    assert not (work.folder / "pair" / "provenance").exists()
+
+
+def test_every_file_of_an_input_folder_is_recorded(work):
+    files = [work.write(f"raw/{name}", name) for name in ("matrix.mtx", "barcodes.tsv")]
+    work.write("raw/inner/other", "not of the screen")
+    record = work.job("preprocess", [str(work.folder / "raw"), files[0]], {"cells.h5ad": "x"})
+    inputs = json.loads(record.read_text(encoding="utf-8"))["inputs"]
+    assert inputs == {path: sha256(Path(path).name) for path in files}
+
+
+def test_a_recorded_input_is_read_again_only_if_it_has_changed(work, monkeypatch):
+    work.job("preprocess", [], {"preprocess/cells.h5ad": "cells"})
+    cells = work.folder / "preprocess" / "cells.h5ad"
+    read = []
+    monkeypatch.setattr("biojepa.jobs.sha256_of", lambda path: read.append(Path(path).name) or sha256("new"))
+    first = work.job("pair", [str(cells)], {"pair/pairs.h5": "pairs"})
+    assert read == ["pairs.h5"]
+    assert json.loads(first.read_text("utf-8"))["inputs"] == {str(cells): sha256("cells")}
+    cells.write_text("CELLS", encoding="utf-8")  # of the same length
+    second = work.job("pair", [str(cells)], {"pair/pairs.h5": "pairs"})
+    assert read == ["pairs.h5", "cells.h5ad", "pairs.h5"]
+    assert json.loads(second.read_text("utf-8"))["inputs"] == {str(cells): sha256("new")}
+
+
+def test_the_jobs_behind_a_file_are_found_and_no_others(work):
+    made_of = work.write("parameters.json", "parameters")
+    work.job("simulate", [made_of], {"raw.h5": "raw"}, {"dataset": "demo"})
+    raw = str(work.folder / "raw.h5")
+    work.job("preprocess", [raw], {"results/cells.h5ad": "cells"}, {"dataset": "demo"})
+    cells = str(work.folder / "results" / "cells.h5ad")
+    for fold in "01":
+        # Snakemake gives wildcards in the order of the file name, JSON sorts them.
+        wildcards = {"seed": "0", "fold": fold, "dataset": "demo", "split": "gene"}
+        work.job("train", [cells], {f"results/fold{fold}/model.pt": fold}, wildcards)
+    work.write("results/fold0/provenance/broken.json", "{")
+    work.write("results/fold0/provenance/other.json", '["no record"]')
+    model = work.folder / "results" / "fold0" / "model.pt"
+    jobs = jobs_behind([model])
+    assert list(jobs) == ["demo/gene/0/0/train", "demo/preprocess", "demo/simulate"]
+    assert inputs_from_outside([model], work.folder / "results") == {raw: sha256("raw")}
+
+    page = work.write("results/index.html", "page")
+    record = record_of_run({"demo": {"pair": 1}}, [model, page])
+    assert record["config"] == {"demo": {"pair": 1}}
+    texts = {made_of: "parameters", raw: "raw", cells: "cells", str(model): "0", page: "page"}
+    assert record["sha256"] == {path: sha256(text) for path, text in texts.items()}
+    assert record["jobs"] == jobs and record["commit"] == environment()["commit"]
+
+
+def test_a_lost_record_ends_a_branch(work):
+    lost = work.job("preprocess", [], {"cells/cells.h5ad": "cells"}, {"dataset": "demo"})
+    work.job("pair", [str(work.folder / "cells" / "cells.h5ad")], {"pairs.h5": "x"}, {"dataset": "demo"})
+    lost.unlink()
+    assert list(jobs_behind([work.folder / "pairs.h5"])) == ["demo/pair"]

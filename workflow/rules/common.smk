@@ -206,12 +206,15 @@ def train_threads(wildcards):
     return train["torch_threads"] * train["processes"]
 
 
+def one_gpu(wildcards):
+    """One GPU where the device is cuda, or auto on a machine that has one; else jobs would wait."""
+    device = CONFIG.settings(wildcards.dataset, "train")["device"]
+    return int(device == "cuda" or (device == "auto" and machine_has_gpu()))
+
+
 def train_gpus(wildcards):
-    """One GPU a process where the device is cuda, or auto on a machine that has one; else jobs would wait."""
-    train = CONFIG.settings(wildcards.dataset, "train")
-    device = train["device"]
-    on_gpu = device == "cuda" or (device == "auto" and machine_has_gpu())
-    return train["processes"] if on_gpu else 0
+    """The same for each process of a training."""
+    return one_gpu(wildcards) * CONFIG.settings(wildcards.dataset, "train")["processes"]
 
 
 def prediction_runs(dataset, split):

@@ -4,7 +4,8 @@
 rule download:
     """Fetch the file of a published screen, resumably, and verify its checksum."""
     output:
-        "resources/datasets/{dataset}/{file}",
+        file="resources/datasets/{dataset}/{file}",
+        record="resources/datasets/{dataset}/provenance/{file}.json",
     log:
         "logs/{dataset}/download/{file}.log",
     wildcard_constraints:
@@ -32,6 +33,7 @@ rule simulate:
         gene_sets="resources/datasets/{dataset}/gene_sets.gmt",
         truth="resources/datasets/{dataset}/truth.h5ad",
         truth_cells="resources/datasets/{dataset}/truth_cells.tsv.gz",
+        record="resources/datasets/{dataset}/provenance/simulate.json",
     log:
         "logs/{dataset}/download/simulate.log",
     benchmark:

@@ -23,6 +23,13 @@ rule embed:
             "results/{{dataset}}/{{split}}/fold{{fold}}/{oracle}/seed{{seed}}/embed/predictions.h5ad",
             oracle=[ORACLES[model] for model in oracle_models()],
         ),
+        record=expand(
+            "results/{{dataset}}/{{split}}/fold{{fold}}/{model}/seed{{seed}}/embed/provenance/embed.json",
+            model=[
+                *trainable_models(),
+                *(ORACLES[model] for model in oracle_models()),
+            ],
+        ),
     log:
         "logs/{dataset}/{split}/fold{fold}/embed/seed{seed}.log",
     benchmark:
@@ -31,7 +38,7 @@ rule embed:
         "../../envs/embed.yaml"
     threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
     resources:
-        gpu=train_gpus,
+        gpu=one_gpu,
     params:
         models=trainable_models(),
         oracles={model: ORACLES[model] for model in oracle_models()},
@@ -54,6 +61,10 @@ rule references:
     output:
         duplicate="results/{dataset}/{split}/fold{fold}/duplicate/seed0/embed/predictions.h5ad",
         interpolated_duplicate="results/{dataset}/{split}/fold{fold}/interpolated_duplicate/seed0/embed/predictions.h5ad",
+        record=expand(
+            "results/{{dataset}}/{{split}}/fold{{fold}}/{model}/seed0/embed/provenance/references.json",
+            model=REFERENCES,
+        ),
     log:
         "logs/{dataset}/{split}/fold{fold}/references.log",
     conda:
@@ -77,7 +88,8 @@ rule user_predictions:
         info="results/{dataset}/{split}/fold{fold}/pair/split.json",
         pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
     output:
-        "results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/predictions.h5ad",
+        predictions="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/predictions.h5ad",
+        record="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/provenance/user_predictions.json",
     log:
         "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/user_predictions.log",
     wildcard_constraints:
@@ -106,6 +118,7 @@ rule representation:
         info="results/{dataset}/{split}/fold{fold}/pair/split.json",
     output:
         representation="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/representation.tsv",
+        record="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/provenance/representation.json",
     log:
         "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/representation.log",
     benchmark:
@@ -114,7 +127,7 @@ rule representation:
         "../../envs/embed.yaml"
     threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
     resources:
-        gpu=train_gpus,
+        gpu=one_gpu,
     params:
         device=lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["device"],
         library=library("representation"),
@@ -130,6 +143,7 @@ rule umap:
         info="results/{dataset}/{split}/fold{fold}/pair/split.json",
     output:
         umap="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/umap.tsv",
+        record="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/provenance/umap.json",
     log:
         "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/umap.log",
     conda:

@@ -36,6 +36,7 @@ rule evaluate:
         ),
         verdict="results/{dataset}/{split}/evaluate/verdict.json",
         truth="results/{dataset}/{split}/evaluate/observed.h5ad",
+        record="results/{dataset}/{split}/evaluate/provenance/evaluate.json",
     log:
         "logs/{dataset}/{split}/evaluate.log",
     benchmark:

@@ -9,6 +9,7 @@ rule freeze_split:
     output:
         split="results/{dataset}/{split}/fold{fold}/pair/split.tsv",
         info="results/{dataset}/{split}/fold{fold}/pair/split.json",
+        record="results/{dataset}/{split}/fold{fold}/pair/provenance/freeze_split.json",
     log:
         "logs/{dataset}/{split}/fold{fold}/pair/split.log",
     conda:
@@ -35,6 +36,7 @@ rule pair:
     output:
         pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
         coverage="results/{dataset}/{split}/fold{fold}/pair/coverage.tsv",
+        record="results/{dataset}/{split}/fold{fold}/pair/provenance/pair.json",
     log:
         "logs/{dataset}/{split}/fold{fold}/pair/pairs.log",
     benchmark:

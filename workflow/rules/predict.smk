@@ -15,6 +15,7 @@ rule predict:
     output:
         predictions="results/{dataset}/predict/predictions.h5ad",
         table="results/{dataset}/predict/predictions.tsv",
+        record="results/{dataset}/predict/provenance/predict.json",
     log:
         "logs/{dataset}/predict.log",
     benchmark:
@@ -23,7 +24,7 @@ rule predict:
         "../../envs/embed.yaml"
     threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
     resources:
-        gpu=train_gpus,
+        gpu=one_gpu,
     params:
         model=lambda wildcards: predicting_model(wildcards.dataset),
         seed=CONFIG.seeds[0],

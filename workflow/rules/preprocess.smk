@@ -11,6 +11,7 @@ rule preprocess:
         cells="results/{dataset}/preprocess/cells.h5ad",
         qc="results/{dataset}/preprocess/qc.tsv",
         perturbations="results/{dataset}/preprocess/perturbations.tsv",
+        record="results/{dataset}/preprocess/provenance/preprocess.json",
     log:
         "logs/{dataset}/preprocess/preprocess.log",
     benchmark:

@@ -49,6 +49,10 @@ rule report:
             subcategory="{split}",
             labels={"item": "Predicted against observed"},
         ),
+        record=[
+            "results/{dataset}/{split}/provenance/report.json",
+            "results/{dataset}/{split}/report/provenance/report.json",
+        ],
     log:
         "logs/{dataset}/{split}/report.log",
     benchmark:
@@ -84,6 +88,7 @@ rule unevaluated:
             subcategory="{split}",
             labels={"item": "Report"},
         ),
+        record="results/{dataset}/{split}/provenance/unevaluated.json",
     log:
         "logs/{dataset}/{split}/report.log",
     wildcard_constraints:
@@ -143,8 +148,15 @@ rule provenance:
         reports=reports(),
         splits=folds_of_all("pair/split.json"),
         metrics=of_all_splits("evaluate/metrics.tsv"),
+        index="results/index.html",
+        predictions=predictions_asked(),
     output:
-        "results/provenance.json",
+        report(
+            "results/provenance.json",
+            caption="../report/provenance.rst",
+            category="All reports",
+            labels={"item": "How the results were made"},
+        ),
     log:
         "logs/provenance.log",
     conda:

@@ -10,6 +10,7 @@ rule train:
         model="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/model.pt",
         history="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/history.tsv",
         metrics="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/metrics.json",
+        record="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train/provenance/train.json",
     log:
         "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/train.log",
     benchmark:
@@ -37,8 +38,12 @@ rule baselines:
         pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
         responses=[],
     output:
-        expand(
+        predictions=expand(
             "results/{{dataset}}/{{split}}/fold{{fold}}/{model}/seed0/embed/predictions.h5ad",
+            model=baseline_models(),
+        ),
+        record=expand(
+            "results/{{dataset}}/{{split}}/fold{{fold}}/{model}/seed0/embed/provenance/baselines.json",
             model=baseline_models(),
         ),
     log:
@@ -68,7 +73,8 @@ use rule baselines as other_screen with:
         pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
         responses=get_responses,
     output:
-        f"results/{{dataset}}/{{split}}/fold{{fold}}/{OTHER_SCREEN}/seed0/embed/predictions.h5ad",
+        predictions=f"results/{{dataset}}/{{split}}/fold{{fold}}/{OTHER_SCREEN}/seed0/embed/predictions.h5ad",
+        record=f"results/{{dataset}}/{{split}}/fold{{fold}}/{OTHER_SCREEN}/seed0/embed/provenance/other_screen.json",
     log:
         "logs/{dataset}/{split}/fold{fold}/other_screen.log",
     benchmark:
@@ -93,8 +99,12 @@ rule heads:
         info="results/{dataset}/{split}/fold{fold}/pair/split.json",
         pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
     output:
-        expand(
+        predictions=expand(
             "results/{{dataset}}/{{split}}/fold{{fold}}/{model}/seed{{seed}}/embed/predictions.h5ad",
+            model=head_models(),
+        ),
+        record=expand(
+            "results/{{dataset}}/{{split}}/fold{{fold}}/{model}/seed{{seed}}/embed/provenance/heads.json",
             model=head_models(),
         ),
     log:
@@ -105,7 +115,7 @@ rule heads:
         "../../envs/embed.yaml"
     threads: lambda wildcards: CONFIG.settings(wildcards.dataset, "train")["torch_threads"]
     resources:
-        gpu=train_gpus,
+        gpu=one_gpu,
     params:
         models=head_models(),
         sources=head_sources(),

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.baselines import fit_baselines
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 from biojepa.pairs import declare_use, read_pairs, trainable_labels, validation_labels
 from biojepa.predictions import cells_per_label, predicted_rows, write_predictions
 from biojepa.provenance import environment
@@ -30,7 +30,7 @@ def main(snakemake) -> None:
     screens = read_other_screens(snakemake.input.cells, others)
     fitted = fit_baselines(pairs, names, settings["neighbours"], settings["seed"], screens)
     used = declare_use(pairs, trainable_labels(pairs), validation_labels(pairs))
-    for name, path in zip(names, snakemake.output, strict=True):
+    for name, path in zip(names, snakemake.output.predictions, strict=True):
         prediction = fitted[name]
         write_predictions(
             path,
@@ -46,5 +46,5 @@ def main(snakemake) -> None:
 
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         main(snakemake)

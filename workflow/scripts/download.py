@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.download import download_file
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
-        download_file(snakemake.params.url, snakemake.output[0], snakemake.params.checksum)
+    with recorded_job(snakemake):
+        download_file(snakemake.params.url, snakemake.output.file, snakemake.params.checksum)

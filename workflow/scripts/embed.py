@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.embedding import Outputs, embed_and_predict
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 
 
 def main(snakemake) -> None:
@@ -32,5 +32,5 @@ def main(snakemake) -> None:
 
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         main(snakemake)

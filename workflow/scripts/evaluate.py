@@ -23,7 +23,7 @@ from biojepa.evaluation.predictions import PredictionFile
 from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.evaluation.splits import read_split
 from biojepa.files import atomic_path, write_json, write_tsv
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 
 
 def run(
@@ -72,7 +72,7 @@ def write(result: EvaluationResult, output: Any) -> None:
 
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         result = run(
             cells=snakemake.input.cells,
             splits=list(

@@ -8,11 +8,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 from biojepa.pairing import PairSettings, freeze_split
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         wildcards = snakemake.wildcards
         freeze_split(
             snakemake.input.cells,

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 import torch
 
 from biojepa.heads import fit_heads
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 from biojepa.models import HEAD_MODELS
 from biojepa.pairs import declare_use, read_pairs, trainable_labels
 from biojepa.predictions import cells_per_label, predicted_rows, write_predictions
@@ -40,7 +40,7 @@ def main(snakemake) -> None:
     fitted = fit_heads(models, pairs, params.models, params.neighbours, seed)
     rows = predicted_rows(split)
     n_cells = cells_per_label(source.cells, read_facts(source.split))
-    for name, path in zip(params.models, snakemake.output, strict=True):
+    for name, path in zip(params.models, snakemake.output.predictions, strict=True):
         prediction = fitted[name]
         write_predictions(
             path,
@@ -62,5 +62,5 @@ def main(snakemake) -> None:
 
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         main(snakemake)

@@ -11,12 +11,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.files import sha256_of, write_tsv
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 from biojepa.pairing import PairSettings, build_pairs
 from biojepa.prediction_requests import read_requests, requests_from
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         wildcards = snakemake.wildcards
         facts = {
             "dataset": wildcards.dataset,

@@ -18,7 +18,7 @@ from biojepa.contracts import CATEGORY, PERTURBATION
 from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.evaluation.trust import Expectation
 from biojepa.files import read_tsv, sha256_of, write_tsv
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 from biojepa.pairs import read_pairs
 from biojepa.prediction import held_out_accuracy, predict_perturbations
 from biojepa.prediction_requests import read_requests, requests_from
@@ -67,5 +67,5 @@ def main(snakemake) -> None:
 
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         main(snakemake)

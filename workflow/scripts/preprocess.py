@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.files import sha256_of
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 from biojepa.preprocess import PreprocessSettings, preprocess_screen, write_preprocessed
 from biojepa.raw import ScreenSource, read_screen
 
@@ -62,7 +62,7 @@ def listed(files: str | Iterable[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         raw = listed(snakemake.input.raw)
         tables = {name: listed(getattr(snakemake.input, name)) for name in ("cell_metadata", "guide_table")}
         preprocess(

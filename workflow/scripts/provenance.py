@@ -1,4 +1,4 @@
-"""Record how all results were made: commit, versions, resolved config, checksums, run times."""
+"""Record how all results were made: commit, versions, resolved config, checksums, jobs."""
 
 import sys
 from pathlib import Path
@@ -11,10 +11,4 @@ from biojepa.provenance import record_of_run
 
 if __name__ == "__main__":
     with log_to(snakemake.log[0]):
-        # Of a module with a prefix, logs lie beside results below it.
-        benchmarks = Path(snakemake.output[0]).parent.parent / "logs" / "benchmarks"
-        files = [*snakemake.input.splits, *snakemake.input.metrics, *snakemake.input.reports]
-        write_json(
-            record_of_run(snakemake.params.config, files, benchmarks, Path(__file__).parent),
-            snakemake.output[0],
-        )
+        write_json(record_of_run(snakemake.params.config, list(snakemake.input)), snakemake.output[0])

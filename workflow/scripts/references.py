@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.evaluation.references import duplicates
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 from biojepa.pairs import read_pairs
 from biojepa.predictions import cells_per_label, predicted_rows, write_predictions
 from biojepa.provenance import environment
@@ -29,5 +29,5 @@ def main(snakemake) -> None:
 
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         main(snakemake)

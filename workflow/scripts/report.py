@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.files import write_text, write_tsv
-from biojepa.logs import log_to
-from biojepa.provenance import commit_of, environment
+from biojepa.jobs import recorded_job
+from biojepa.provenance import environment, inputs_from_outside
 from biojepa.report import build_report
 from biojepa.report.read import ReportFiles, Run, read_report
 from biojepa.report.static import calibration_svg, scatter_svg
@@ -48,12 +48,14 @@ def main(snakemake) -> None:
         trust=next(iter(paths(source.get("trust", []))), None),
         representation=paths(source.get("representation", [])),
     )
+    results = Path(source.metrics).parents[3]
     inputs = read_report(
         files,
         dataset=params.dataset,
         split=params.split,
         settings=params.get("settings", {}),
-        provenance=params.get("provenance") or {"commit": commit_of(Path(__file__).parent), **environment()},
+        provenance=params.get("provenance")
+        or environment() | {"inputs": inputs_from_outside(source, results)},
         page=Path(snakemake.output.html),
     )
     write_text(build_report(inputs), snakemake.output.html)
@@ -63,5 +65,5 @@ def main(snakemake) -> None:
 
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         main(snakemake)

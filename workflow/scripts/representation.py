@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.files import write_tsv
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 from biojepa.representation import measure_representation
 
 
@@ -25,5 +25,5 @@ def main(snakemake) -> None:
 
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         main(snakemake)

@@ -9,10 +9,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.files import write_tsv
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 from biojepa.map import map_embedding
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         table = map_embedding(snakemake.input.embeddings, snakemake.input.split, snakemake.params.seed)
         write_tsv(table, snakemake.output.umap)

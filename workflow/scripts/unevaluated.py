@@ -7,8 +7,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.files import write_text
-from biojepa.logs import log_to
-from biojepa.provenance import commit_of, environment
+from biojepa.jobs import recorded_job
+from biojepa.provenance import environment
 from biojepa.report.unevaluated import UnevaluatedInputs, build_unevaluated
 
 
@@ -31,11 +31,11 @@ def main(snakemake) -> None:
         reports={scheme: f"../{scheme}/report.html" for scheme in params.schemes},
         predictions="../predict/predictions.tsv" if params.predicts else None,
         settings=params.settings,
-        provenance={"commit": commit_of(Path(__file__).parent), **environment()},
+        provenance=environment(),
     )
     write_text(build_unevaluated(inputs), snakemake.output.html)
 
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         main(snakemake)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.evaluation.user_predictions import Wanted, read_user_predictions
 from biojepa.files import sha256_of
-from biojepa.logs import log_to
+from biojepa.jobs import recorded_job
 from biojepa.pairs import read_pairs
 from biojepa.predictions import cells_per_label, write_predictions
 from biojepa.provenance import environment
@@ -29,7 +29,7 @@ def main(snakemake) -> None:
     kept = params.distribution
     read = read_user_predictions(source.predictions, wanted, kept["max_cells"], kept["seed"])
     write_predictions(
-        snakemake.output[0],
+        snakemake.output.predictions,
         name,
         split,
         read.rows,
@@ -50,5 +50,5 @@ def main(snakemake) -> None:
 
 
 if __name__ == "__main__":
-    with log_to(snakemake.log[0]):
+    with recorded_job(snakemake):
         main(snakemake)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from biojepa.files import sha256_of
+
+RECORDS = "provenance"
+"""Folder of the records of jobs, beside the files that they speak of."""
 
 PACKAGES = (
     "snakemake",
@@ -52,8 +54,8 @@ def commit_of(folder: str | Path) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the provenance of a result."""
-    return {"packages": package_versions(), "machine": machine()}
+    """Commit of this library, versions and machine, for the provenance of a result."""
+    return {"commit": commit_of(Path(__file__).parent), "packages": package_versions(), "machine": machine()}
 
 
 def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -85,9 +87,76 @@ def _processor(cpuinfo: Path) -> str:
     return " ".join(next(found, "").split())
 
 
-def record_of_run(
-    config: dict[str, Any], files: Sequence[str | Path], benchmarks: Path, checkout: Path
-) -> dict[str, Any]:
+def inputs_from_outside(files: Iterable[str | Path], results: str | Path) -> dict[str, str]:
+    """Return path and SHA-256 of everything outside the results that some files were made of, as recorded.
+
+    What those files came from in turn is left out, so that an archive of the results gives the same answer.
+    """
+
+    def inside(path: str) -> bool:
+        return Path(path).is_relative_to(results)
+
+    return {
+        path: digest
+        for job in jobs_behind(files).values()
+        if any(map(inside, job["outputs"]))
+        for path, digest in sorted(job["inputs"].items())
+        if not inside(path)
+    }
+
+
+_PARTS = ("wildcards", "inputs", "outputs")
+
+
+def records_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the records of jobs that lie in a folder, by path; what is no record is passed over."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and all(isinstance(record.get(key), dict) for key in _PARTS):
+            found[str(path)] = record
+    return found
+
+
+def jobs_behind(files: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
+    """Follow the records from some files to those of every job that they came from.
+
+    Returns
+    -------
+    dict
+        Wildcards and rule, such as ``demo/perturbation/0/biojepa/0/train``, to the record. A file whose
+        record is lost, as in an archive, or that no job made, ends its branch.
+    """
+    jobs: dict[str, dict[str, Any]] = {}
+    records: dict[Path, dict[str, dict[str, Any]]] = {}
+    waiting, seen = [str(path) for path in files], set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        folder = Path(name).parent / RECORDS
+        if folder not in records:
+            records[folder] = records_in(folder)
+        for record in records[folder].values():
+            if name in record["outputs"]:
+                jobs[_name(record)] = record
+                waiting.extend(record["inputs"])
+    return dict(sorted(jobs.items()))
+
+
+def _name(record: dict[str, Any]) -> str:
+    """Name a job by its wildcards, from the widest to the narrowest, and its rule."""
+    order = ("dataset", "split", "fold", "model", "seed")
+    wildcards = record["wildcards"]
+    names = [name for name in order if name in wildcards] + sorted(wildcards.keys() - set(order))
+    return "/".join([*(str(wildcards[name]) for name in names), str(record.get("rule"))])
+
+
+def record_of_run(config: dict[str, Any], files: Sequence[str | Path]) -> dict[str, Any]:
     """Collect what a reader of the results needs to make them again.
 
     Parameters
@@ -95,24 +164,20 @@ def record_of_run(
     config
         Resolved settings of each dataset.
     files
-        Results whose SHA-256 is recorded.
-    benchmarks
-        Folder of Snakemake's benchmark tables: seconds and peak memory (MB, resident) of each job.
-    checkout
-        A folder of the pipeline's checkout.
+        Results whose SHA-256 is recorded, and that of all they came from.
+
+    Returns
+    -------
+    dict
+        ``commit``, ``packages`` and ``machine`` of this job, ``config``, ``sha256`` of every file and
+        ``jobs``, see :func:`jobs_behind`.
     """
-    jobs = {}
-    # Of these datasets alone: the folder may hold jobs of earlier runs with others.
-    for path in sorted(path for dataset in config for path in (benchmarks / dataset).rglob("*.tsv")):
-        table = pd.read_csv(path, sep="\t", na_values=["-", "NA"])
-        jobs[path.relative_to(benchmarks).with_suffix("").as_posix()] = {
-            "seconds": float(table["s"].iloc[-1]),
-            "max_rss_mb": None if pd.isna(table["max_rss"].iloc[-1]) else float(table["max_rss"].iloc[-1]),
-        }
+    jobs = jobs_behind(files)
+    made = {path: identity["sha256"] for job in jobs.values() for path, identity in job["outputs"].items()}
+    given = {path: digest for job in jobs.values() for path, digest in job["inputs"].items()}
     return {
         **environment(),
-        "commit": commit_of(checkout),
         "config": config,
-        "sha256": {str(path): sha256_of(path) for path in files},
+        "sha256": given | made | {str(path): sha256_of(path) for path in files},
         "jobs": jobs,
     }

@@ -1,0 +1,154 @@
+"""Run the work of a rule: send what it says to its log, and leave a record of how its files were made.
+
+The record lies in the folder ``provenance`` beside the files, so that a table found in an archive a year
+later still says which code, packages, inputs and settings it came from. It is apart from the tables because
+it holds times, and tables of equal content must be equal byte by byte.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from biojepa.files import sha256_of, write_json
+from biojepa.logs import log_to
+from biojepa.provenance import RECORDS, environment, records_in
+
+NOT_SETTINGS = ("library",)
+"""Parameters of a rule that are no settings: the digest of its code, for which the record has the commit."""
+
+
+@contextmanager
+def recorded_job(snakemake: Any) -> Iterator[dict[str, Any]]:
+    """Run the block with the log of a job, and write its record when it has succeeded.
+
+    Parameters
+    ----------
+    snakemake
+        The object that Snakemake gives a script. Its output ``record`` names the record, or several where
+        a job writes into several folders.
+
+    Yields
+    ------
+    A dict for what the job alone knows; it is merged into the record.
+    """
+    known: dict[str, Any] = {}
+    began = time.monotonic()
+    with log_to(snakemake.log[0]):
+        yield known
+        record = record_of_job(snakemake, time.monotonic() - began) | known
+        for path in _listed(snakemake.output.get("record", [])):
+            write_json(record, path)
+
+
+def record_of_job(snakemake: Any, seconds: float) -> dict[str, Any]:
+    """Return how the files of a job were made.
+
+    Returns
+    -------
+    dict
+        ``rule``, ``wildcards``, ``settings`` (the parameters of the rule), ``config`` (as the user gave
+        it), ``seeds`` (every setting and wildcard whose name speaks of one), ``inputs`` (path to SHA-256;
+        the frozen split is among them), ``outputs`` (path to SHA-256, bytes and time of change),
+        ``commit``, ``packages``, ``machine``, ``device``, ``threads``, ``seconds``, ``peak_memory_mb``
+        and ``finished`` (UTC).
+    """
+    record = set(_listed(snakemake.output.get("record", [])))
+    settings = {key: value for key, value in snakemake.params.items() if key not in NOT_SETTINGS}
+    wildcards = dict(snakemake.wildcards.items())
+    return {
+        "rule": snakemake.rule,
+        "wildcards": wildcards,
+        "settings": _plain(settings),
+        "config": _plain(snakemake.config),
+        "seeds": dict(_seeds({**wildcards, **_plain(settings)})),
+        "inputs": dict(_checksums(snakemake.input)),
+        "outputs": {path: _identity(Path(path)) for path in snakemake.output if path not in record},
+        **environment(),
+        "device": device_used(),
+        "threads": snakemake.threads,
+        "seconds": round(seconds, 2),
+        "peak_memory_mb": _peak_memory(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def device_used() -> str:
+    """Name the GPU if this process has used one, else ``cpu``. Does not import torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return f"cuda ({torch.cuda.get_device_name()})"
+    return "cpu"
+
+
+def _listed(paths: str | Iterable[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+def _plain(value: Any) -> Any:
+    """Return settings as JSON can hold them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(content) for key, content in value.items()}
+    if isinstance(value, str) or value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else str(value)
+    if isinstance(value, Iterable):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
+def _seeds(content: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and value of every key that speaks of a seed."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _seeds(value, f"{place}{key}.")
+        elif "seed" in key.lower():
+            yield f"{place}{key}", value
+
+
+def _checksums(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield path and SHA-256 of every input file, and of every file in an input folder."""
+    recorded: dict[Path, dict[str, Any]] = {}
+    for name in dict.fromkeys(paths):
+        path = Path(name)
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if not file.is_file():
+                continue
+            if file.parent not in recorded:
+                recorded[file.parent] = _recorded(file.parent / RECORDS)
+            yield str(file), _checksum(file, recorded[file.parent].get(str(file)))
+
+
+def _checksum(file: Path, known: Mapping[str, Any] | None) -> str:
+    """Return the checksum that the record of the file's own job has, if the file is as it was then."""
+    if known is not None:
+        state = file.stat()
+        if (known["bytes"], known["modified_ns"]) == (state.st_size, state.st_mtime_ns):
+            return str(known["sha256"])
+    return sha256_of(file)
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """Return what the records of a folder say of its files, by path."""
+    return {
+        path: known for record in records_in(folder).values() for path, known in record["outputs"].items()
+    }
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    state = path.stat()
+    return {"sha256": sha256_of(path), "bytes": state.st_size, "modified_ns": state.st_mtime_ns}
+
+
+def _peak_memory() -> int:
+    """Return the highest resident memory of this process, or of one that it started, in MB."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return round(max(resource.getrusage(one).ru_maxrss for one in who) / unit)
