@@ -179,6 +179,23 @@ def test_the_verdict_on_the_expectation_is_computed_from_the_table():
     assert "n = 10). Intervals of 80% held 60% of the held-out scores." in judged["sentence"]
 
 
+def test_the_intervals_draw_the_contexts_of_a_perturbation_together():
+    """In whatever order the rows come, and from the stream of this table alone."""
+    table = cross_fit(made(n=12, relation=0.6))
+    table["perturbation"] = [f"G{place % 4} @ C{place // 4}" for place in range(12)]
+    table = table.sample(frac=1.0, random_state=3)
+    judged = judge_trust(table, SETTINGS)
+    assert judged["n"] == 4
+    gain = (table["observed"] - table["guess"]).abs() - (table["observed"] - table["expected"]).abs()
+    held = table["observed"].between(table["low"], table["high"]).astype(float)
+    drawn = np.random.default_rng([1, 2000]).multinomial(4, [0.25] * 4, size=400)
+    rows = [np.repeat(np.arange(12), [sample[int(name[1])] for name in table["perturbation"]])
+            for sample in drawn]  # fmt: skip
+    for name, values in (("gain", gain.to_numpy()), ("coverage", held.to_numpy())):
+        ends = np.percentile([values[chosen].mean() for chosen in rows], [2.5, 97.5])
+        assert [judged[f"{name}_ci_low"], judged[f"{name}_ci_high"]] == pytest.approx(ends.tolist())
+
+
 def test_a_misleading_expectation_is_called_so():
     table = made(n=12).assign(observed=np.arange(12) / 12, expected=1 - np.arange(12) / 12, low=0.0, high=1.0,
                               guess=0.46)  # fmt: skip

@@ -8,7 +8,7 @@ same draws serve every model and metric, so that differences and ratios of model
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -107,7 +107,7 @@ def make_scopes(tested: pd.DataFrame, draws: int, seed: int) -> dict[str, Scope]
 
 
 def draw_counts(members: pd.Index, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw perturbations with replacement: how often each of the sorted members occurs, (draws, n).
+    """Draw perturbations with replacement: how often each member occurs, (draws, n).
 
     A perturbation that was tested in several contexts is drawn as one: what it does in one of them says
     much of what it does in another, and an interval that took them for independent would be too narrow.
@@ -117,7 +117,7 @@ def draw_counts(members: pd.Index, draws: int, rng: np.random.Generator) -> np.n
     return drawn[:, owner]
 
 
-def units_of(members: pd.Index) -> tuple[int, np.ndarray]:
+def units_of(members: Iterable[str]) -> tuple[int, np.ndarray]:
     """Count the perturbations behind labels that may name contexts, and number the one of each label."""
     names, owner = np.unique([perturbation_of(str(label)) for label in members], return_inverse=True)
     return len(names), owner

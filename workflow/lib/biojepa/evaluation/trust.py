@@ -19,7 +19,7 @@ Nothing but numpy and pandas is imported, since the predict stage uses the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from biojepa.contracts import CATEGORY, PERTURBATION, TRUST_COLUMNS
-from biojepa.evaluation.resampling import bootstrap_means, interval
+from biojepa.evaluation.resampling import bootstrap_means, draw_counts, interval, units_of
 from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.labels import perturbation_of
 
@@ -229,13 +229,9 @@ def trust_table(
     table = grouped.agg({"nearest_training_gene": "first", **dict.fromkeys(numbers, "mean")}).reset_index()
     blank = dict.fromkeys(("expected", "low", "high", "guess"), np.nan)
     table = table.assign(**blank)[list(TRUST_COLUMNS)]
-    if _n_perturbations(table) < settings.min_perturbations:
+    if units_of(table[PERTURBATION])[0] < settings.min_perturbations:
         return table
     return cross_fit(table)
-
-
-def _n_perturbations(table: pd.DataFrame) -> int:
-    return len(set(map(perturbation_of, table[PERTURBATION])))
 
 
 def cross_fit(table: pd.DataFrame) -> pd.DataFrame:
@@ -274,7 +270,8 @@ def judge_trust(table: pd.DataFrame, settings: EvaluationSettings) -> dict[str, 
         ``coverage`` of the intervals with its own interval, their ``nominal`` level, ``skill`` and
         ``sentence``. Numbers are NaN where nothing was fitted.
     """
-    answer: dict[str, Any] = {"metric": METRIC, "model": settings.model, "n": _n_perturbations(table)}
+    n, _ = units_of(table[PERTURBATION])
+    answer: dict[str, Any] = {"metric": METRIC, "model": settings.model, "n": n}
     names = ("mae", "mae_guess", "gain", "gain_ci_low", "gain_ci_high", "correlation")
     more = ("coverage", "coverage_ci_low", "coverage_ci_high")
     answer |= dict.fromkeys((*names, *more), math.nan) | {"nominal": NOMINAL, "skill": False}
@@ -286,7 +283,9 @@ def judge_trust(table: pd.DataFrame, settings: EvaluationSettings) -> dict[str, 
         error, plain = np.abs(observed - expected), np.abs(observed - guess)
         held = (observed >= fitted["low"]) & (observed <= fitted["high"])
         columns = np.column_stack([plain - error, held])
-        drawn = bootstrap_means(columns, _draws(fitted[PERTURBATION], settings))
+        rng = np.random.default_rng([settings.seed, _STREAM])
+        counts = draw_counts(pd.Index(fitted[PERTURBATION]), settings.draws, rng)
+        drawn = bootstrap_means(columns, counts)
         low, high = interval(drawn, settings.confidence)
         answer |= {
             "mae": float(error.mean()),
@@ -301,14 +300,6 @@ def judge_trust(table: pd.DataFrame, settings: EvaluationSettings) -> dict[str, 
             "skill": bool(low[0] > 0),
         }
     return {**answer, "sentence": trust_sentence(answer, settings)}
-
-
-def _draws(labels: Sequence[str] | pd.Series, settings: EvaluationSettings) -> np.ndarray:
-    """Draw (draws, rows): how often each row occurs, all rows of a perturbation together."""
-    codes, names = pd.factorize(np.array([perturbation_of(label) for label in labels]), sort=True)
-    rng = np.random.default_rng([settings.seed, _STREAM])
-    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=settings.draws)
-    return counts[:, codes].astype(float)
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
