@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score, mean_squared_error, r2_scor
 from biojepa.evaluation.differential import average_precision_rows
 from biojepa.evaluation.headline import share_farther
 from biojepa.evaluation.metrics import METRICS, all_metrics
-from biojepa.evaluation.registry import pearson_rows
+from biojepa.evaluation.registry import pearson_rows, scored_elsewhere
 
 PER_PERTURBATION = [name for name, metric in METRICS.items() if metric.unit == "perturbation"]
 POINT = [name for name in PER_PERTURBATION if not METRICS[name].needs_sd]
@@ -74,6 +74,14 @@ def test_registry_holds_the_named_metrics_with_formula_and_best_value():
         assert metric.formula
         assert metric.best in ("max", "min") or 0 < metric.best <= 1
     assert all_metrics()["coverage_80"].goodness(np.array([0.7, 0.8])).tolist() == pytest.approx([-0.1, 0])
+
+
+def test_what_is_no_function_of_means_is_pooled_and_never_called():
+    elsewhere = [name for name, metric in all_metrics().items() if metric.score is scored_elsewhere]
+    assert elsewhere == ["pathway_correlation", "variance_ratio", "energy_distance"]
+    assert not set(elsewhere) & set(METRICS), "these are called for every prediction"
+    with pytest.raises(NotImplementedError):
+        all_metrics()["energy_distance"].score(np.zeros((1, 2)), np.zeros((1, 2)))
 
 
 def test_correlations_equal_scipy(truth, guess):

@@ -121,7 +121,6 @@ DISTRIBUTION_METRICS: dict[str, Metric] = {
             "Predicted over observed variance between cells; below 1 the predicted cells are too alike",
             "median over g, detected in 10 % of controls, of Var(predicted cells) / Var(cells of half B)",
             "perturbation",
-            lambda predicted, observed: np.array([variance_ratio(predicted, observed)]),
         ),
         Metric(
             "energy_distance",
@@ -130,7 +129,6 @@ DISTRIBUTION_METRICS: dict[str, Metric] = {
             "Distance between the clouds of predicted and observed cells; about 0 where they are the same",
             "2 E‖X − Y‖ − E‖X − X′‖ − E‖Y − Y′‖, X predicted cells, Y half B, Euclidean, unbiased",
             "perturbation",
-            lambda predicted, observed: np.array([energy_distance(predicted, observed)]),
         ),
     )
 }

@@ -8,8 +8,6 @@ of one fold. A change whose norm is below ``FoldTruth.zero_norm`` correlates 0 b
 
 from __future__ import annotations
 
-import numpy as np
-
 from biojepa.evaluation import differential, headline, interaction, legacy, uncertainty
 from biojepa.evaluation.distribution import DISTRIBUTION_METRICS
 from biojepa.evaluation.registry import REGISTERED, Metric, Role
@@ -32,7 +30,6 @@ PATHWAY_CORRELATION = Metric(
     "Agreement of gene-set enrichment of predicted and observed change against control",
     "Spearman over gene sets of NES(x̂ − c) and NES(x − c), gseapy prerank",
     "perturbation",
-    lambda *_: np.array([]),
 )
 
 

@@ -11,6 +11,17 @@ import numpy as np
 Role = Literal["headline", "combination", "secondary", "distribution", "uncertainty", "legacy"]
 
 
+def scored_elsewhere(*_: object) -> np.ndarray:
+    """Stand for ``score`` where values come from cells, gene sets or a table, not from two arrays of means.
+
+    Raises
+    ------
+    NotImplementedError
+        Always.
+    """
+    raise NotImplementedError("no function of predicted means; the values are computed elsewhere")
+
+
 @dataclass(frozen=True)
 class Metric:
     """A registered metric.
@@ -23,6 +34,8 @@ class Metric:
         ``"perturbation"``: ``score(predicted, truth)`` gives (perturbations,), NaN where undefined.
         ``"model"``: ``score(predicted, truth, weights)`` with weights (draws, perturbations) gives
         (draws,), one value per weighting of the perturbations.
+    score
+        Left out where the values come from elsewhere: such a metric is pooled and shown, never called.
     needs_sd
         ``score`` takes the standard deviation of the predicted mean as a third argument.
     """
@@ -33,7 +46,7 @@ class Metric:
     description: str
     formula: str
     unit: Literal["perturbation", "model"]
-    score: Callable[..., np.ndarray]
+    score: Callable[..., np.ndarray] = scored_elsewhere
     needs_sd: bool = False
 
     def goodness(self, value: np.ndarray) -> np.ndarray:

@@ -150,13 +150,9 @@ def pooled_table(measure: Measure, rows: pd.DataFrame, settings: EvaluationSetti
     # The scope of all categories does not ask which.
     scores = scores.assign(**{CATEGORY: CATEGORIES[0]})
     scope = make_scopes(scores[[PERTURBATION, CATEGORY]], settings.draws, settings.seed)[ALL_CATEGORIES]
-    metric = Metric(measure.name, "secondary", "max", "", "", "perturbation", _not_scored)
+    metric = Metric(measure.name, "secondary", "max", "", "", "perturbation")
     scopes = {ALL_CATEGORIES: scope}
     return metric_tables(scores, WholeModelScores(scopes), {measure.name: metric}, scopes)[0]
-
-
-def _not_scored(*_: np.ndarray) -> np.ndarray:
-    raise NotImplementedError("values come from representation.tsv")
 
 
 def _over_perturbations(measure: Measure, rows: pd.DataFrame, settings: EvaluationSettings) -> Comparison:
