@@ -8,6 +8,7 @@ from biojepa.labels import (
     control_names,
     genes_of,
     normalize_label,
+    spell_label,
 )
 from biojepa.preprocess.cell_labels import normalize_labels, other_controls
 
@@ -48,6 +49,23 @@ def test_label_becomes_sorted_genes_or_control(raw, separator, controls, pattern
 def test_normal_labels_stay_as_they_are():
     for label in ("control", "KLF1", "KLF1+SET", "A+B+C"):
         assert normalize_label(normalize_label(label)) == label
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("SET+KLF1", "KLF1+SET"),
+        ("KLF1+ctrl", "KLF1"),
+        ("SET+KLF1 @ CD4+ T", "KLF1+SET @ CD4+ T"),
+        ("ctrl+KLF1 @ RPE1", "KLF1 @ RPE1"),
+        ("NT+A", "NT+A"),  # one of the known labels, which a synonym of control would change
+        ("unknown", "unknown"),
+        ("unknown @ K562", "unknown @ K562"),
+        ("", ""),
+    ],
+)
+def test_what_others_wrote_is_spelled_as_in_the_split(raw, expected):
+    assert spell_label(raw, {"NT+A", "KLF1+SET"}) == expected
 
 
 def test_gene_with_the_joining_character_is_refused():

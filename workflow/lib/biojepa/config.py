@@ -18,7 +18,7 @@ import yaml
 
 from biojepa.contracts import NO_SPLIT, OTHER_SCREEN
 from biojepa.errors import InputError
-from biojepa.labels import normalize_label
+from biojepa.labels import spell_label
 from biojepa.models import (
     ORACLES,
     REFERENCES,
@@ -474,20 +474,12 @@ def _unusable_schemes(config: Config, dataset: str) -> Iterator[str]:
 
 def _listed_twice(listed: Mapping[str, list[str]]) -> Iterator[str]:
     """Yield perturbations that are to be both test and validation, in whatever order their genes come."""
-    sets = {name: {_spelled(label) for label in labels} for name, labels in listed.items()}
+    sets = {name: {spell_label(label) for label in labels} for name, labels in listed.items()}
     if both := sorted(sets["test"] & sets.get("validation", set())):
         yield (
             f"config, pair.list: found {_some(both)} under test and under validation; expected each "
             "perturbation in one of them"
         )
-
-
-def _spelled(label: str) -> str:
-    """Spell a label as the screen's are; as it is where it cannot be one, of which the split complains."""
-    try:
-        return normalize_label(label) or label
-    except InputError:
-        return label
 
 
 def _same_screens(config: Config, dataset: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from biojepa.contracts import ALL_CONTEXTS, CONTEXT_SEPARATOR, CONTROL, GENE_SEPARATOR
 from biojepa.errors import InputError
@@ -102,6 +102,31 @@ def normalize_label(
             "strip the extra text with `label_pattern`",
         )
     return GENE_SEPARATOR.join(sorted(genes)) if genes else CONTROL
+
+
+def spell_label(raw: str, known: Container[str] = ()) -> str:
+    """Spell a label as ``split.tsv`` does: genes sorted, control padding dropped, with or without a context.
+
+    Parameters
+    ----------
+    raw
+        Label as somebody else wrote it.
+    known
+        Labels that stand as they are.
+
+    Returns
+    -------
+    str
+        As it is where it cannot be a label; whoever looks it up says so.
+    """
+    if raw in known:
+        return raw
+    perturbation = perturbation_of(raw)
+    try:
+        label = normalize_label(perturbation) or perturbation
+    except InputError:
+        return raw
+    return label + raw[len(perturbation) :]
 
 
 def genes_of(label: str) -> list[str]:

@@ -18,9 +18,7 @@ import numpy as np
 import pandas as pd
 
 from biojepa.contracts import (
-    CONTEXT_SEPARATOR,
     CONTROL,
-    GENE_SEPARATOR,
     POSITIVE_CONTROLS,
     SELECTED_ON,
     SET,
@@ -34,7 +32,7 @@ from biojepa.errors import InputError
 from biojepa.evaluation.predictions import FROM_CELLS, PredictionFile
 from biojepa.evaluation.scoring import sentinel
 from biojepa.evaluation.splits import FoldSplit
-from biojepa.labels import genes_of
+from biojepa.labels import genes_of, spell_label
 from biojepa.pairs import CONTROL_CODE, gene_moments_of_groups, select_genes
 from biojepa.splits import LeakageError, cell_labels, require_same_split
 
@@ -265,7 +263,7 @@ def check_declared(files: Iterable[PredictionFile], split: FoldSplit) -> list[di
             continue
         declared += 1
         for key, what in ((TRAINED_ON, "was trained on"), (SELECTED_ON, "was selected or stopped by")):
-            labels = _labels(provenance.get(key, []), f"{file.path}, uns['provenance'], {key}")
+            labels = _labels(provenance.get(key, []), split, f"{file.path}, uns['provenance'], {key}")
             leaked = sorted(tested & labels)
             if leaked:
                 raise LeakageError(
@@ -305,12 +303,8 @@ def _provenance(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _labels(values: Any, where: str) -> set[str]:
-    """Spell declared labels as ``split.tsv`` does: the genes of a combination sorted."""
+def _labels(values: Any, split: FoldSplit, where: str) -> set[str]:
+    """Return declared labels as the split spells them."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise InputError(where, repr(values)[:80], "a list of perturbations", "write a list of labels")
-    spelled = set()
-    for value in values:
-        label, separator, context = value.partition(CONTEXT_SEPARATOR)
-        spelled.add(GENE_SEPARATOR.join(sorted(label.split(GENE_SEPARATOR))) + separator + context)
-    return spelled
+    return {spell_label(value, split.table.index) for value in values}

@@ -23,7 +23,8 @@ from scipy.stats import rankdata
 from biojepa.contracts import PERTURBATION, SD_LAYER, SELECTED_ON, SET, TEST, TRAINED_ON
 from biojepa.errors import InputError
 from biojepa.evaluation.predictions import LOWEST_MEAN, TOTAL_RANGE
-from biojepa.evaluation.user_rows import Problems, has_cells, match_genes, match_labels, some, spell_label
+from biojepa.evaluation.user_rows import Problems, has_cells, match_genes, match_labels, some
+from biojepa.labels import spell_label
 
 LOGGER = logging.getLogger(__name__)
 BLOCK_VALUES = 4_000_000
@@ -180,7 +181,7 @@ def _check_origin(file: h5py.File, wanted: Wanted, problems: Problems) -> dict[s
             f"{wanted.split_sha256}, that of this fold",
             "a leak: the other split may train on what this one tests; fit the model on this fold's split",
         )
-    known = pd.Index(wanted.split[PERTURBATION])
+    known = set(wanted.split[PERTURBATION])
     tested = set(wanted.split.loc[wanted.split[SET] == TEST, PERTURBATION])
     said = {}
     for key in (TRAINED_ON, SELECTED_ON):

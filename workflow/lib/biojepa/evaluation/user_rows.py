@@ -14,7 +14,7 @@ import pandas as pd
 
 from biojepa.contracts import ALL_CONTEXTS, CONTEXT, CONTROL, PERTURBATION, SET, TEST, TRAIN, VAL
 from biojepa.errors import InputError
-from biojepa.labels import context_of, in_context, normalize_label, perturbation_of
+from biojepa.labels import context_of, in_context, spell_label
 
 LOGGER = logging.getLogger(__name__)
 SHOWN = 5
@@ -125,18 +125,6 @@ def match_labels(obs: pd.DataFrame, split: pd.DataFrame, problems: Problems) -> 
             unknown.sum(),
         )
     return position
-
-
-def spell_label(raw: str, known: pd.Index) -> str:
-    """Write a label as the split does, whose labels are ``known``: as it stands, or by our rules."""
-    if raw in known:
-        return raw
-    perturbation = perturbation_of(raw)
-    try:
-        label = normalize_label(perturbation) or raw
-    except InputError:
-        return raw
-    return label + raw[len(perturbation) :]
 
 
 def _check_sets(
