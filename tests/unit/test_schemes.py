@@ -10,6 +10,7 @@ from biojepa.errors import InputError
 from biojepa.labels import context_of, genes_of, in_context, is_combination, normalize_label, perturbation_of
 from biojepa.schemes import COMBINATION_PROTOCOLS, split_context, split_genes, split_listed
 from biojepa.schemes.combinations import gears_simulation, half_of_doubles
+from biojepa.schemes.fold import draw_validation
 from biojepa.splits import SeenGenes, cell_labels, labels_in
 
 SINGLES = [f"G{i}" for i in range(14)]
@@ -239,7 +240,7 @@ def test_cells_are_labelled_by_the_held_out_context_and_controls_are_not():
             r"no cell whose cell_type is 'K563'; cells of each: HEK \(5\), K562 \(303\), RPE1 \(334\)",
         ),
         (["HEK"], 10, r"held-out context 'HEK'.*found 5 control cell\(s\) in it.*at least 10"),
-        (["HEK"], 2, r"held-out context 'HEK'.*16 training, 1 validation and 0 test"),
+        (["HEK"], 2, r"held-out context 'HEK'.*15 training, 2 validation and 0 test"),
         (["K562"], 19, None),
     ],
 )
@@ -250,6 +251,47 @@ def test_contexts_that_cannot_be_held_out_are_refused_with_what_was_found(contex
         return
     with pytest.raises(InputError, match=message):
         split_context(label, context, contexts, 0, "cell_type", min_cells)
+
+
+def test_a_fold_whose_test_perturbations_all_serve_for_validation_elsewhere_is_refused():
+    """The sizes are those of the fold, not those of before its validation was drawn."""
+    counts = {(label, "K562"): 12 for label in ["control", "A", "B", "C"]}
+    counts |= {("control", "RPE1"): 12, ("A", "RPE1"): 12}
+    refused = 0
+    for seed in range(12):
+        # D, which the other context lacks, is tested whatever validation is, and changes no draw.
+        with_more = split_context(*cells_of({**counts, ("D", "RPE1"): 12}), ["RPE1"], 0, "batch", seed=seed)
+        _, validation, test = sets_of(with_more)
+        assert test == {"A @ RPE1", "D @ RPE1"} - {f"{name} @ RPE1" for name in validation}
+        if "A" not in validation:
+            assert sets_of(split_context(*cells_of(counts), ["RPE1"], 0, "batch", seed=seed))[2] == {
+                "A @ RPE1"
+            }
+            continue
+        refused += 1
+        with pytest.raises(InputError, match=r"2 training, 1 validation and 0 test.*1 more are validation"):
+            split_context(*cells_of(counts), ["RPE1"], 0, "batch", seed=seed)
+    assert 0 < refused < 12
+
+
+# --- validation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "wanted", "left", "drawn"),
+    [(10, 3, 2, 3), (10, 0, 2, 1), (10, 50, 2, 8), (10, 50, 0, 10), (3, 1, 2, 1), (2, 1, 2, 0), (1, 1, 2, 0),
+     (0, 4, 2, 0), (5, 2, 8, 0)],
+)  # fmt: skip
+def test_validation_is_as_many_as_training_can_spare(n, wanted, left, drawn):
+    for free in (SINGLES[:n], COMBINATIONS[:n], LABELS[9 : 9 + n]):
+        found = draw_validation(free, wanted, np.random.default_rng(n), left)
+        assert len(found) == drawn and found <= set(free)
+
+
+def test_validation_holds_singles_and_combinations_in_proportion():
+    for seed in range(5):
+        found = draw_validation([*SINGLES[:12], *COMBINATIONS[:6]], 6, np.random.default_rng(seed))
+        assert sum(is_combination(label) for label in found) == 2 and len(found) == 6
 
 
 # --- list ----------------------------------------------------------------------------------------
@@ -271,6 +313,8 @@ def test_validation_is_drawn_where_none_is_listed_but_not_from_what_is_listed_as
     held_out = split_listed(LABELS, {"test": ["G3"]}, validation_share=0.2, seed=4)
     assert held_out.facts["validation_drawn"] is True
     assert len(sets_of(held_out)[1]) == round(0.2 * len(LABELS))
+    # Of 13 singles and 10 combinations: 5 · 10 / 23 = 2.2 of these.
+    assert sum(is_combination(label) for label in sets_of(held_out)[1]) == 2
     other = split_listed(LABELS, {"test": ["G3"]}, validation_share=0.2, seed=5)
     assert sets_of(other)[1] != sets_of(held_out)[1] and sets_of(other)[2] == {"G3"}
     path = tmp_path / "mine.tsv"

@@ -67,9 +67,11 @@ NO_SPLIT = "none"
 SCHEMES = ("perturbation", "gene", "combination", "context", "list")
 OTHER_CONTEXT = "other_context"
 CATEGORIES = ("combo_seen2", "combo_seen1", "combo_seen0", "single_in_combo", "single", OTHER_CONTEXT)
-# Keys of split.json of the scheme context, beside CONTEXT itself: where contexts are found, and the labels
-# with too few cells to be used, with their number of cells.
+# Keys of split.json of the scheme context, beside CONTEXT itself: where contexts are found; labels of the
+# held-out context whose perturbation is validation in the others; and all labels that are not used, these and
+# those with too few cells, with their number of cells.
 CONTEXT_COLUMN = "context_column"
+VALIDATION_ELSEWHERE = "validation_elsewhere"
 LEFT_OUT = "left_out"
 
 # Attribute of pairs.h5: JSON text, source to its kind and where it comes from.
@@ -139,8 +141,9 @@ PREDICTED_COLUMNS = (
 
 # --- evaluate/*.tsv -----------------------------------------------------------------------------
 WHOLE_MODEL = "*"
-# Kinds of checks for leakage: comparisons that a leak of their kind cannot pass, signs of a leak, and what
-# holds by the word of a file or by how the workflow is made, which nothing here checks.
+# Kinds of checks for leakage: comparisons of files, exact as far as the names of cells, labels and genes go;
+# signs of a leak; and what holds by the word of a file or by how the workflow is made, which nothing here
+# checks.
 EXACT, STATISTICAL, STATED = "exact", "statistical", "stated"
 ALL_CATEGORIES = "all"
 METRICS_COLUMNS = ("model", "fold", "seed", "perturbation", "category", "metric", "value")

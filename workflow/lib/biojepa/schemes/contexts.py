@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from biojepa.contracts import CONTEXT, CONTEXT_COLUMN, CONTROL, LEFT_OUT
+from biojepa.contracts import CONTEXT, CONTEXT_COLUMN, CONTROL, LEFT_OUT, VALIDATION_ELSEWHERE
 from biojepa.errors import InputError
 from biojepa.labels import in_context
-from biojepa.schemes.fold import MIN_TRAINING, HeldOut, draw_validation, require_sets
+from biojepa.schemes.fold import HeldOut, draw_validation, require_sets
 from biojepa.splits import split_table
 
 
@@ -81,29 +81,29 @@ def split_context(
     tested, trained = (Counter(label[part & ~control].tolist()) for part in (inside, ~inside))
     test = [name for name, n in tested.items() if n >= min_cells]
     rest = sorted(name for name, n in trained.items() if n >= min_cells)
-    left_out = {in_context(name, held_out): n for name, n in tested.items() if n < min_cells}
-    left_out |= {name: n for name, n in trained.items() if n < min_cells}
-    require_sets(
-        f"{where}, scheme context, held-out context {held_out!r}",
-        len(rest) - 1,
-        min(1, len(rest) - MIN_TRAINING),
-        len(test),
-        "choose other contexts, or lower pair.min_cells_in_context, which leaves out "
-        f"{len(left_out)} labels here",
-    )
+    too_few = {in_context(name, held_out): n for name, n in tested.items() if n < min_cells}
+    too_few |= {name: n for name, n in trained.items() if n < min_cells}
     rng = np.random.default_rng([seed, fold])
     validation = draw_validation(rest, round(validation_share * len(rest)), rng)
     training = [name for name in rest if name not in validation]
     stopped_by = {in_context(name, held_out): tested[name] for name in test if name in validation}
-    left_out |= stopped_by
     placed = {in_context(name, held_out) for name in test} - set(stopped_by)
+    require_sets(
+        f"{where}, scheme context, held-out context {held_out!r}",
+        len(training),
+        len(validation),
+        len(placed),
+        "choose other contexts, or lower pair.min_cells_in_context, which leaves out "
+        f"{len(too_few)} labels here; {len(stopped_by)} more are validation in the other contexts",
+    )
+    left_out = too_few | stopped_by
     return HeldOut(
         split_table(sorted([*rest, *placed]), validation, placed, training),
         {
             CONTEXT_COLUMN: column,
             CONTEXT: held_out,
             "min_cells_in_context": min_cells,
-            "validation_elsewhere": sorted(stopped_by),
+            VALIDATION_ELSEWHERE: sorted(stopped_by),
             LEFT_OUT: {name: int(n) for name, n in sorted(left_out.items())},
         },
     )

@@ -33,15 +33,30 @@ class HeldOut:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def draw_validation(rest: Sequence[str], wanted: int, rng: np.random.Generator) -> set[str]:
-    """Draw about ``wanted`` perturbations of ``rest``, singles and combinations in proportion.
+def draw_validation(
+    free: Sequence[str], wanted: int, rng: np.random.Generator, left: int = MIN_TRAINING
+) -> set[str]:
+    """Draw about ``wanted`` perturbations of ``free``, singles and combinations in proportion.
 
-    At least one, and so many that two are left for training.
+    Parameters
+    ----------
+    free
+        Perturbations to draw from.
+    wanted
+        How many; at least one is drawn where ``left`` allows it.
+    rng
+        What to draw with.
+    left
+        How many of ``free`` to leave for training, at least.
+
+    Returns
+    -------
+    The perturbations drawn; none where ``free`` holds no more than ``left``.
     """
-    n_validation = min(max(1, wanted), len(rest) - MIN_TRAINING)
-    singles = rng.permutation([name for name in rest if not is_combination(name)])
-    combinations = rng.permutation([name for name in rest if is_combination(name)])
-    n_combinations = round(n_validation * len(combinations) / len(rest))
+    n_validation = max(0, min(max(1, wanted), len(free) - left))
+    singles = rng.permutation([name for name in free if not is_combination(name)])
+    combinations = rng.permutation([name for name in free if is_combination(name)])
+    n_combinations = round(n_validation * len(combinations) / max(1, len(free)))
     return {str(name) for name in combinations[:n_combinations]} | {
         str(name) for name in singles[: n_validation - n_combinations]
     }
@@ -52,8 +67,7 @@ def require_sets(where: str | Path, n_training: int, n_validation: int, n_test: 
     if n_training < MIN_TRAINING or n_validation < 1 or n_test < 1:
         raise InputError(
             where,
-            f"{max(n_training, 0)} training, {max(n_validation, 0)} validation and {n_test} test "
-            "perturbation(s)",
+            f"{n_training} training, {n_validation} validation and {n_test} test perturbation(s)",
             f"at least {MIN_TRAINING}, 1 and 1",
             fix,
         )

@@ -13,7 +13,7 @@ from biojepa.contracts import CONTROL, GENE_SEPARATOR, PERTURBATION, SET, TEST, 
 from biojepa.errors import InputError
 from biojepa.files import read_tsv
 from biojepa.labels import normalize_label
-from biojepa.schemes.fold import MIN_TRAINING, HeldOut, require_sets
+from biojepa.schemes.fold import MIN_TRAINING, HeldOut, draw_validation, require_sets
 from biojepa.splits import split_table
 
 VALIDATION = "validation"
@@ -36,7 +36,7 @@ def split_listed(
         ``test`` and, optionally, ``validation`` perturbations, or the path of a TSV with the columns
         ``perturbation`` and ``set`` (``test``, ``val`` or ``validation``, ``train``). Genes of a
         combination may come in any order. What is not named is trained. Without validation
-        perturbations these are drawn from the rest.
+        perturbations these are drawn from the rest, singles and combinations in proportion.
     validation_share
         Share of all labels to draw for validation.
     seed, where
@@ -63,9 +63,10 @@ def split_listed(
     rest = [name for name in names if name not in test]
     drawn, validation = not sets[VALIDATION], sets[VALIDATION]
     if drawn:
-        free = np.random.default_rng(seed).permutation([name for name in rest if name not in sets[TRAIN]])
-        n_drawn = min(max(1, round(validation_share * len(names))), max(0, len(rest) - MIN_TRAINING))
-        validation = {str(name) for name in free[:n_drawn]}
+        free = [name for name in rest if name not in sets[TRAIN]]
+        # What is listed as trained need not be left over.
+        left, rng = max(0, MIN_TRAINING - len(sets[TRAIN])), np.random.default_rng(seed)
+        validation = draw_validation(free, round(validation_share * len(names)), rng, left)
     training = [name for name in rest if name not in validation]
     require_sets(
         f"{source}, on {where}",
