@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,6 +160,16 @@ def test_the_frozen_split_names_the_context_and_what_it_leaves_out(cells):
     }
     assert set(labels_in(cells.table, TEST)) == {f"{label} @ RPE1" for label in LABELS} - stopped_by
     assert set(labels_in(cells.table, TRAIN, VAL)) == {*LABELS, "RARE"}
+
+
+def test_the_log_says_why_a_label_is_left_out(cells, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "biojepa.pairing"):
+        freeze_split(cells.path, tmp_path / "split.tsv", "made", "context", 1, SETTINGS)
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warned == ["too few cells to be used: RARE @ RPE1 (4)"]
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    listed = ", ".join(sorted(f"{label} @ RPE1" for label in labels_in(cells.table, VAL)))
+    assert told == [f"not tested, since validation in the other contexts: {listed}"]
 
 
 def test_training_reads_controls_of_all_contexts_and_no_perturbed_cell_of_the_held_out_one(cells, pairs):

@@ -185,6 +185,18 @@ def test_methods_name_the_machine_of_simple_models_and_the_gpu_of_trained_ones(i
     assert "were fitted on Linux, 2 cores; but biojepa on Linux, 64 cores, NVIDIA H200." in text
 
 
+def test_methods_tell_labels_with_few_cells_from_those_that_are_validation_elsewhere(
+    inputs: ReportInputs,
+) -> None:
+    fold = {"fold": 0, contracts.CONTEXT: "K562", contracts.CONTEXT_COLUMN: "cell_type"}
+    few, elsewhere = {"A @ K562": 3, "B": 2, "C @ K562": 1}, {"D @ K562": 40}
+    facts = fold | {contracts.LEFT_OUT: few | elsewhere, contracts.VALIDATION_ELSEWHERE: [*elsewhere]}
+    text = " ".join(methods_text(replace(inputs, split="context", splits=[facts])))
+    assert "3 labels with too few cells in a context took no part. 1 label took no part because" in text
+    text = " ".join(methods_text(replace(inputs, split="context", splits=[fold])))
+    assert "took no part" not in text
+
+
 @pytest.mark.parametrize("caption", CAPTIONS, ids=lambda path: path.stem)
 def test_captions_print_the_levels_that_were_used(caption: Path) -> None:
     evaluate = {"confidence": 0.975, "fdr": 0.07}

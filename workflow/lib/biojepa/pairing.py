@@ -32,6 +32,7 @@ from biojepa.contracts import (
     TEST,
     TRAIN,
     VAL,
+    VALIDATION_ELSEWHERE,
 )
 from biojepa.errors import InputError
 from biojepa.files import atomic_path
@@ -137,11 +138,13 @@ def freeze_split(
     with h5py.File(cells_path, "r") as file:
         obs = read_elem(file["obs"])
     held_out, n_folds = _hold_out(obs, scheme, fold, settings, cells_path)
-    left_out = held_out.facts.get(LEFT_OUT)
-    if left_out:
-        log.warning(
-            "too few cells to be used: %s", ", ".join(f"{name} ({n})" for name, n in left_out.items())
-        )
+    elsewhere = held_out.facts.get(VALIDATION_ELSEWHERE, ())
+    left_out = held_out.facts.get(LEFT_OUT, {})
+    few = ", ".join(f"{name} ({n})" for name, n in left_out.items() if name not in elsewhere)
+    if few:
+        log.warning("too few cells to be used: %s", few)
+    if elsewhere:
+        log.info("not tested, since validation in the other contexts: %s", ", ".join(elsewhere))
     write_split(
         held_out.table,
         path,

@@ -1,8 +1,8 @@
 """Check, by name and by number, that what training read holds nothing of a test perturbation.
 
-These checks are exact: they compare files with each other by the names of cells, labels and genes. Signs of
-a leak in the prior codes, which no comparison of files can prove, are in
-:mod:`biojepa.evaluation.prior_leak`.
+These checks are exact as far as names go: they compare files with each other by the names of cells, labels
+and genes. A test cell that was copied under a name of its own passes them. Signs of a leak in the prior
+codes, which no comparison of files can prove, are in :mod:`biojepa.evaluation.prior_leak`.
 """
 
 from __future__ import annotations

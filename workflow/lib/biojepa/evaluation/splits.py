@@ -112,7 +112,7 @@ def check_split_table(table: pd.DataFrame, path: str | Path) -> None:
 def check_split_covers_cells(split: FoldSplit, obs: pd.DataFrame, cells_path: str | Path) -> None:
     """Raise an InputError if the split and the cells do not hold the same perturbations.
 
-    Labels that the split leaves out for want of cells are named in ``split.json``.
+    Labels that the split leaves out, for whatever reason, are named in ``split.json`` and not asked for.
     """
     in_split = set(split.table.index)
     in_cells = set(cell_labels(obs, split.info)) - {CONTROL, *split.info.get(LEFT_OUT, ())}

@@ -95,9 +95,15 @@ def _scheme(inputs: ReportInputs) -> str:
     if contexts:
         columns = sorted({str(item.get(contracts.CONTEXT_COLUMN)) for item in inputs.splits})
         text += f" Contexts held out in turn, by {', '.join(columns)}: {', '.join(contexts)}."
-    left_out = sum(len(item.get(contracts.LEFT_OUT, ())) for item in inputs.splits)
-    if left_out:
-        text += f" {_counted(left_out, 'label')} with too few cells in a context took no part."
+    elsewhere = sum(len(item.get(contracts.VALIDATION_ELSEWHERE, ())) for item in inputs.splits)
+    too_few = sum(len(item.get(contracts.LEFT_OUT, ())) for item in inputs.splits) - elsewhere
+    if too_few:
+        text += f" {_counted(too_few, 'label')} with too few cells in a context took no part."
+    if elsewhere:
+        text += (
+            f" {_counted(elsewhere, 'label')} took no part because the same perturbation served for "
+            "validation in another context."
+        )
     return text
 
 
