@@ -14,6 +14,7 @@ from scipy import sparse
 from biojepa import pairing
 from biojepa.contracts import EXACT, STATED
 from biojepa.errors import InputError
+from biojepa.evaluation import leakage
 from biojepa.evaluation.leakage import (
     check_all,
     check_declared,
@@ -150,6 +151,18 @@ def test_genes_of_every_fold_are_chosen_again(fold, tmp_path, all_cells_choose):
     other.build()
     with pytest.raises(LeakageError, match=r"pairs1\.h5: its 25 genes"):
         check_gene_selection(pairs, fold.cells, splits)
+
+
+def test_the_cells_of_all_folds_are_read_once(fold, tmp_path, monkeypatch):
+    (tmp_path / "second").mkdir()
+    other = Fold(tmp_path / "second", 1)
+    shutil.copy(fold.cells, other.cells)
+    other.build()
+    read, honest = [], leakage.read_obs
+    monkeypatch.setattr(leakage, "read_obs", lambda path: read.append(path) or honest(path))
+    rows = check_all([fold.pairs, other.pairs], fold.cells, [fold.split, other.split])
+    assert read == [fold.cells]
+    assert sum("no cell that training read" in row["check"] for row in rows) == 2
 
 
 @pytest.mark.parametrize("hidden_as", ["val", "train"])

@@ -91,6 +91,12 @@ def kept(files):
     return [f for f in files if not CONFIG.archived or Path(f).exists()]
 
 
+def all_kept(files):
+    """Whether none of them is missing from an archive."""
+    files = list(files)
+    return kept(files) == files
+
+
 def get_pathways(wildcards):
     return kept(CONFIG.source(wildcards.dataset).pathways)
 
@@ -251,17 +257,15 @@ def training_runs(dataset, split):
 
 def shown_trainings(dataset, split):
     """Trainings that the report shows: all, of an archive those whose curves and figures it still holds."""
-    return [
-        run
-        for run in training_runs(dataset, split)
-        if len(
-            kept(
-                files_of_runs(dataset, split, [run], "train/history.tsv")
-                + files_of_runs(dataset, split, [run], "train/metrics.json")
-            )
+
+    def is_held(run):
+        return all_kept(
+            path
+            for tail in ("train/history.tsv", "train/metrics.json")
+            for path in files_of_runs(dataset, split, [run], tail)
         )
-        == 2
-    ]
+
+    return [run for run in training_runs(dataset, split) if is_held(run)]
 
 
 def files_of_runs(dataset, split, runs, tail):
@@ -297,7 +301,7 @@ def get_fold_files(tail):
 def get_pairs(wildcards):
     """What training read, of every fold; nothing where an archive lacks one."""
     files = get_fold_files("pair/pairs.h5")(wildcards)
-    return files if len(kept(files)) == len(files) else []
+    return files if all_kept(files) else []
 
 
 def get_coverage(wildcards):

@@ -49,12 +49,18 @@ def check_all(
     LeakageError
         See the single checks.
     """
-    rows = []
+    rows, obs = [], read_obs(cells_path)
     for pairs_path, split in zip(pairs_paths, splits, strict=True):
-        rows += check_training_cells(pairs_path, cells_path, split)
+        rows += check_training_cells(pairs_path, cells_path, split, obs)
         rows += check_sets(pairs_path, split)
-    rows += check_gene_selection(pairs_paths, cells_path, splits)
+    rows += check_gene_selection(pairs_paths, cells_path, splits, obs)
     return [*rows, *check_origins(pairs_paths), _readers()]
+
+
+def read_obs(cells_path: str | Path) -> pd.DataFrame:
+    """Read the annotation of all cells, which every fold is compared with."""
+    with h5py.File(cells_path, "r") as file:
+        return ad.io.read_elem(file["obs"])
 
 
 def _readers() -> dict[str, Any]:
@@ -81,12 +87,19 @@ def unchecked() -> list[dict[str, Any]]:
 
 
 def check_training_cells(
-    pairs_path: str | Path, cells_path: str | Path, split: FoldSplit
+    pairs_path: str | Path, cells_path: str | Path, split: FoldSplit, obs: pd.DataFrame | None = None
 ) -> list[dict[str, Any]]:
     """Compare the cells of ``pairs.h5`` with ``cells.h5ad`` by name: their labels, and what is tested.
 
     ``pairs.h5`` is all that training sees of cells, so a test cell that hides there under another label,
     as a control say, is found here and nowhere else.
+
+    Parameters
+    ----------
+    pairs_path, cells_path, split
+        Files and split of one fold.
+    obs
+        :func:`read_obs` of ``cells_path``, where it was read already.
 
     Returns
     -------
@@ -104,8 +117,7 @@ def check_training_cells(
         carried = np.where(codes == CONTROL_CODE, CONTROL, labels[codes])
         facts = dict(file.attrs)
     require_same_split(facts, split.path, pairs_path)
-    with h5py.File(cells_path, "r") as file:
-        obs = ad.io.read_elem(file["obs"])
+    obs = read_obs(cells_path) if obs is None else obs
     true = pd.Series(cell_labels(obs, split.info), index=obs.index).reindex(names)
     held_out = true.isin(split.labels(TEST)).to_numpy()
     if held_out.any():
@@ -162,19 +174,23 @@ def check_sets(pairs_path: str | Path, split: FoldSplit) -> list[dict[str, Any]]
 
 
 def check_gene_selection(
-    pairs_paths: Sequence[str | Path], cells_path: str | Path, splits: Sequence[FoldSplit]
+    pairs_paths: Sequence[str | Path],
+    cells_path: str | Path,
+    splits: Sequence[FoldSplit],
+    obs: pd.DataFrame | None = None,
 ) -> list[dict[str, Any]]:
     """Choose each fold's genes again, on its training cells and controls, and compare with ``pairs.h5``.
 
-    One pass over the cells for all folds; none where every gene was kept.
+    One pass over the cells for all folds; none where every gene was kept. ``obs`` as in
+    :func:`check_training_cells`.
 
     Raises
     ------
     LeakageError
         Naming genes that the training cells do not choose, or choose and the file lacks.
     """
+    obs = read_obs(cells_path) if obs is None else obs
     with h5py.File(cells_path, "r") as file:
-        obs = ad.io.read_elem(file["obs"])
         measured = np.asarray(ad.io.read_elem(file["var"]).index, dtype=str)
         found = {}
         for pairs_path, split in zip(pairs_paths, splits, strict=True):
