@@ -252,6 +252,23 @@ def test_categories_are_listed_whatever_their_size_and_one_perturbation_has_no_i
     assert rows.loc[("single", "biojepa"), "n"] == 23
 
 
+def test_one_perturbation_in_two_contexts_has_no_interval_either():
+    """It is drawn as one: an interval of width 0 would claim certainty."""
+    scores, properties, values = case()
+    placed = {"P05": "A @ K562", "P06": "A @ RPE1"}
+    for table in (scores, properties):
+        table.loc[table["perturbation"].isin(placed), "category"] = "other_context"
+        table["perturbation"] = table["perturbation"].replace(placed)
+    rows = strata_of(scores, properties).query("property == 'category'").set_index(["stratum", "model"])
+    one, several = rows.loc[("other_context", "biojepa")], rows.loc[("single", "biojepa")]
+    inside = values.loc[list(placed)]
+    assert one["n"] == 2 and one["mean"] == pytest.approx(inside["biojepa"].mean())
+    assert one["gap_closed"] == pytest.approx(inside["biojepa"].mean() / 0.9)
+    assert one["difference"] == pytest.approx((inside["biojepa"] - inside["ridge"]).mean())
+    bounds = [name for name in STRATA_COLUMNS if "_ci_" in name or name in ("ci_low", "ci_high")]
+    assert len(bounds) == 6 and one[bounds].isna().all() and several[bounds].notna().all()
+
+
 def test_a_perturbation_of_two_categories_counts_in_each_with_its_scores_there():
     scores, properties, values = case()
     again = scores[scores["perturbation"] == "P05"].assign(fold=1, category="combo_seen2")

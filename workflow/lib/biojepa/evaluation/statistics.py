@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -332,22 +333,27 @@ def summarize(tables: Sequence[MetricTable], baselines: Sequence[str], confidenc
     return summary[list(SUMMARY_COLUMNS)]
 
 
-def _summary_block(table: MetricTable, baselines: Sequence[str], confidence: float) -> pd.DataFrame:
-    """Return the rows of one metric and category, one per model with a score."""
+def pooled_rows(table: MetricTable, confidence: float) -> dict[str, dict[str, Any]]:
+    """Return what tables say of each model with a score: pooled score, share of the gap and intervals.
+
+    Intervals are missing below two perturbations: one resamples to itself, and an interval of width 0 would
+    claim certainty.
+
+    Returns
+    -------
+    dict
+        Model to its columns ``model``, ``metric``, ``n``, ``mean``, ``gap_closed`` and the ends of both
+        intervals.
+    """
     low, high = interval(table.draws, confidence)
-    # One perturbation resamples to itself: an interval of width 0 would claim certainty.
+    gap, gap_low, gap_high = table.gap_closed(confidence)
     several = (table.n > 1) & (table.scope.n_units > 1)
-    low, high = (np.where(several, bound, np.nan) for bound in (low, high))
-    gap, *gap_bounds = table.gap_closed(confidence)
-    gap_low, gap_high = (np.where(several, bound, np.nan) for bound in gap_bounds)
-    best = table.best_baseline(baselines)
-    rows = []
-    for column, model in enumerate(table.models):
-        if not np.isfinite(table.mean[column]):
-            continue
-        row = {
+    low, high, gap_low, gap_high = (
+        np.where(several, ends, np.nan) for ends in (low, high, gap_low, gap_high)
+    )
+    return {
+        model: {
             "model": model,
-            "category": table.scope.name,
             "metric": table.metric.name,
             "n": int(table.n[column]),
             "mean": table.mean[column],
@@ -356,6 +362,19 @@ def _summary_block(table: MetricTable, baselines: Sequence[str], confidence: flo
             "gap_closed": gap[column],
             "gap_ci_low": gap_low[column],
             "gap_ci_high": gap_high[column],
+        }
+        for column, model in enumerate(table.models)
+        if np.isfinite(table.mean[column])
+    }
+
+
+def _summary_block(table: MetricTable, baselines: Sequence[str], confidence: float) -> pd.DataFrame:
+    """Return the rows of one metric and category, one per model with a score."""
+    best = table.best_baseline(baselines)
+    rows = []
+    for model, pooled in pooled_rows(table, confidence).items():
+        row = pooled | {
+            "category": table.scope.name,
             "best_baseline": best,
             "p_vs_best_baseline": np.nan,
             "win_rate": np.nan,

@@ -18,9 +18,16 @@ import pandas as pd
 from biojepa.contracts import CATEGORIES, CATEGORY, N_CELLS, PERTURBATION, STRATA_COLUMNS
 from biojepa.evaluation.metrics import METRICS
 from biojepa.evaluation.registry import Metric
-from biojepa.evaluation.resampling import Scope, WholeModelScores, draw_counts, interval
+from biojepa.evaluation.resampling import Scope, WholeModelScores, draw_counts
 from biojepa.evaluation.settings import EvaluationSettings
-from biojepa.evaluation.statistics import CEILING, FLOOR, MetricTable, metric_tables, paired_difference
+from biojepa.evaluation.statistics import (
+    CEILING,
+    FLOOR,
+    MetricTable,
+    metric_tables,
+    paired_difference,
+    pooled_rows,
+)
 from biojepa.evaluation.truth import FoldTruth
 from biojepa.evaluation.verdict import DECIDING
 from biojepa.labels import genes_of
@@ -251,34 +258,20 @@ def _all_strata(
 def _rows(
     table: MetricTable, prop: str, stratum: Stratum, best: str | None, confidence: float
 ) -> list[dict[str, object]]:
-    low, high = interval(table.draws, confidence)
-    # One perturbation resamples to itself: an interval of width 0 would claim certainty.
-    low, high = (np.where(table.n > 1, bound, np.nan) for bound in (low, high))
-    gap, gap_low, gap_high = table.gap_closed(confidence)
     rows = []
-    for column, model in enumerate(table.models):
-        if not np.isfinite(table.mean[column]):
-            continue
+    for model, pooled in pooled_rows(table, confidence).items():
         difference = (np.nan, np.nan, np.nan)
         if best is not None and model != best:
             difference = paired_difference(table, model, best, confidence)
-            if len(table.difference(model, best)) < 2:
+            if len(table.unit_differences(model, best)) < 2:
                 difference = (difference[0], np.nan, np.nan)
         rows.append(
-            {
+            pooled
+            | {
                 "property": prop,
                 "stratum": stratum.name,
                 "lower": stratum.lower,
                 "upper": stratum.upper,
-                "model": model,
-                "metric": table.metric.name,
-                "n": int(table.n[column]),
-                "mean": table.mean[column],
-                "ci_low": low[column],
-                "ci_high": high[column],
-                "gap_closed": gap[column],
-                "gap_ci_low": gap_low[column],
-                "gap_ci_high": gap_high[column],
                 "best_baseline": best,
                 "difference": difference[0],
                 "difference_ci_low": difference[1],
