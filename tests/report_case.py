@@ -95,18 +95,7 @@ def make_enrichment(rng: np.random.Generator, names: list[str], categories: list
                  0.01 if abs(truth[k]) > 1.7 else 0.4)
                 for k in range(12)
             ]  # fmt: skip
-    columns = (
-        "model",
-        "fold",
-        "seed",
-        "perturbation",
-        "category",
-        "gene_set",
-        "nes_pred",
-        "nes_true",
-        "fdr_true",
-    )
-    return pd.DataFrame(rows, columns=list(columns))
+    return pd.DataFrame(rows, columns=list(contracts.ENRICHMENT_COLUMNS))
 
 
 def make_perturbations(rng: np.random.Generator, names: list[str]) -> pd.DataFrame:
