@@ -251,6 +251,13 @@ def test_every_colour_token_is_defined_in_both_themes(page: str) -> None:
     assert not {name for name in used if f"--{name}:" not in light or f"--{name}:" not in dark}
 
 
+def test_error_bars_reach_from_the_value_to_the_bounds_and_are_missing_where_these_are() -> None:
+    table = pd.DataFrame({"at": [0.5, 0.25, 1.0], "low": [0.375, np.nan, -1.0], "high": [1.5, np.nan, 1.0]})
+    bars = figures.error_bars(table["at"], table["low"], list(table["high"]), {"color": "@ink"})
+    assert (bars["array"], bars["arrayminus"]) == ([1.0, None, 0.0], [0.125, None, 2.0])
+    assert bars["symmetric"] is False and bars["color"] == "@ink"
+
+
 def test_calibration_panel_draws_the_summary(inputs: ReportInputs) -> None:
     panel = figures.calibration_figures(inputs)[0].spec
     pooled = inputs.pooled[inputs.pooled["metric"] == inputs.headline_metrics[0]].set_index("model")

@@ -17,7 +17,7 @@ from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.evaluation.statistics import MetricTable, metric_tables, paired_difference
 from biojepa.evaluation.verdict import BETTER, DECIDING, SAME, WORSE
 from biojepa.models import ABLATION_MODELS, AblationModel
-from biojepa.report.figures import Caption, Figure, Spec, line, number, numbers
+from biojepa.report.figures import Caption, Figure, Spec, error_bars, line, numbers
 from biojepa.report.glossary import EMBEDDING_LABELS, HEAD_LABELS, PRIOR_LABELS, metric_text
 from biojepa.report.inputs import ReportInputs
 from biojepa.report.tables import MISSING, format_count, format_level, format_number
@@ -260,15 +260,12 @@ def _panel(table: EmbeddingTable) -> Spec:
                 "name": EMBEDDING_LABELS[embedding],
                 "x": numbers(means),
                 "y": [round(heights[row.label] + 0.25 - 0.25 * place, 2) for row in rows],
-                "error_x": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [number(score.high - score.mean) for score in scores],
-                    "arrayminus": [number(score.mean - score.low) for score in scores],
-                    "thickness": 1.4,
-                    "width": 0,
-                    "color": style["color"],
-                },
+                "error_x": error_bars(
+                    means,
+                    [score.low for score in scores],
+                    [score.high for score in scores],
+                    {"thickness": 1.4, "width": 0, "color": style["color"]},
+                ),
                 "marker": style | {"line": {"width": 1.5, "color": style["color"]}},
                 "customdata": [[row.label, score.n] for row, score in zip(rows, scores, strict=True)],
                 "hovertemplate": "%{customdata[0]}<br>%{x:.3f}, n = %{customdata[1]}",

@@ -126,6 +126,28 @@ def line(value: float, axis: str, dash: str = "dot", color: str = "@ink") -> Spe
     return {"type": "line", "layer": "below", "line": {"color": color, "dash": dash, "width": 1.2}, **ends}
 
 
+def error_bars(values: Any, low: Any, high: Any, style: Spec, digits: int = 5) -> Spec:
+    """Return plotly's error bars from ``low`` to ``high`` around ``values``, missing where a bound is.
+
+    Parameters
+    ----------
+    values, low, high
+        (points,) in the units of the axis.
+    style
+        Thickness, width of the caps and colour.
+    digits
+        Significant digits of the lengths.
+    """
+    values, low, high = (np.asarray(column, dtype=float) for column in (values, low, high))
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": numbers(high - values, digits),
+        "arrayminus": numbers(values - low, digits),
+        **style,
+    }
+
+
 def calibration_figures(inputs: ReportInputs) -> list[Figure]:
     """Draw one panel per headline metric: every model with its interval, over the dynamic range."""
     return [calibration_panel(inputs, metric_text(name)) for name in inputs.headline_metrics]
@@ -205,15 +227,10 @@ def _interval_trace(rows: pd.DataFrame, models: list[ModelText], level: str) -> 
         "mode": "markers",
         "x": numbers(found["mean"]),
         "y": [escape(model.label) for model in models],
-        "error_x": {
-            "type": "data",
-            "symmetric": False,
-            "array": numbers(found["ci_high"] - found["mean"]),
-            "arrayminus": numbers(found["mean"] - found["ci_low"]),
-            "thickness": 1.4,
-            "width": 0,
-            "color": style["color"],
-        },
+        "error_x": error_bars(
+            found["mean"], found["ci_low"], found["ci_high"],
+            {"thickness": 1.4, "width": 0, "color": style["color"]},
+        ),
         "marker": {**style, "line": {"width": 1.6 if style["symbol"].endswith("open") else 0.5,
                                      "color": style["color"]}},
         "customdata": [
@@ -340,15 +357,12 @@ def _category_trace(model: ModelText, found: list[tuple[float, Any]], is_best: b
         "name": escape(model.label) + (" (best baseline)" if is_best else ""),
         "x": [number(row["mean"]) for _, row in found],
         "y": [height for height, _ in found],
-        "error_x": {
-            "type": "data",
-            "symmetric": False,
-            "array": [number(row["ci_high"] - row["mean"]) for _, row in found],
-            "arrayminus": [number(row["mean"] - row["ci_low"]) for _, row in found],
-            "thickness": 1.3,
-            "width": 0,
-            "color": style["color"],
-        },
+        "error_x": error_bars(
+            [row["mean"] for _, row in found],
+            [row["ci_low"] for _, row in found],
+            [row["ci_high"] for _, row in found],
+            {"thickness": 1.3, "width": 0, "color": style["color"]},
+        ),
         "marker": {**style, "line": {"width": 1.5, "color": style["color"]}},
         "customdata": [format_count(row["n"]) for _, row in found],
         "hovertemplate": "%{x:.3f}, n = %{customdata}",

@@ -17,7 +17,7 @@ from biojepa.evaluation.settings import EvaluationSettings
 from biojepa.evaluation.statistics import MetricTable, metric_tables, paired_difference
 from biojepa.evaluation.verdict import BETTER
 from biojepa.report.ablation import Estimate, estimate, estimate_cell, signed
-from biojepa.report.figures import Caption, Figure, Spec, escape, line, number, numbers
+from biojepa.report.figures import Caption, Figure, Spec, error_bars, escape, line, number, numbers
 from biojepa.report.glossary import model_text
 from biojepa.report.inputs import ReportInputs
 from biojepa.report.tables import format_count, format_level, format_number
@@ -325,15 +325,12 @@ def _comparison_panel(comparison: Comparison, labels: Mapping[str, str]) -> Spec
                 "name": escape(labels[name]),
                 "x": numbers([score.mean]),
                 "y": [heights[name]],
-                "error_x": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": numbers([score.high - score.mean]),
-                    "arrayminus": numbers([score.mean - score.low]),
-                    "thickness": 1.4,
-                    "width": 0,
-                    "color": style["color"],
-                },
+                "error_x": error_bars(
+                    [score.mean],
+                    [score.low],
+                    [score.high],
+                    {"thickness": 1.4, "width": 0, "color": style["color"]},
+                ),
                 "marker": style | {"line": {"width": 1.5, "color": style["color"]}},
                 "customdata": [[bounds, _count(comparison)]],
                 "hovertemplate": f"<b>{escape(labels[name])}</b><br>%{{x:.3f}} (%{{customdata[0]}})<br>"

@@ -16,11 +16,11 @@ from biojepa.report.figures import (
     Caption,
     Figure,
     Spec,
+    error_bars,
     escape,
     line,
     main_models,
     number,
-    numbers,
 )
 from biojepa.report.glossary import MetricText, metric_text, model_text
 from biojepa.report.inputs import ReportInputs
@@ -229,23 +229,18 @@ def _trace(inputs: ReportInputs, name: str, found: list[tuple[int, dict[str, Any
     is_best = name == str(rows[0]["best_baseline"])
     if is_best:
         style["color"] = "@best"
-    above = pd.Series([row["ci_high"] - row["mean"] for row in rows], dtype=float)
-    below = pd.Series([row["mean"] - row["ci_low"] for row in rows], dtype=float)
     return {
         "type": "scatter",
         "mode": "markers",
         "name": escape(model.label) + (" (best baseline)" if is_best else ""),
         "x": [round(place + offset, 3) for place, _ in found],
         "y": [number(row["mean"]) for row in rows],
-        "error_y": {
-            "type": "data",
-            "symmetric": False,
-            "array": numbers(above),
-            "arrayminus": numbers(below),
-            "thickness": 1.3,
-            "width": 0,
-            "color": style["color"],
-        },
+        "error_y": error_bars(
+            [row["mean"] for row in rows],
+            [row["ci_low"] for row in rows],
+            [row["ci_high"] for row in rows],
+            {"thickness": 1.3, "width": 0, "color": style["color"]},
+        ),
         "marker": {**style, "line": {"width": 1.5, "color": style["color"]}},
         "customdata": [
             [format_count(row["n"]), _interval(row, "ci_low", "ci_high") or MISSING] for row in rows

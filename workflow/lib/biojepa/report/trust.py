@@ -10,7 +10,7 @@ import pandas as pd
 from biojepa.contracts import CATEGORY, PERTURBATION
 from biojepa.evaluation.resampling import bootstrap_means, interval
 from biojepa.evaluation.trust import METRIC
-from biojepa.report.figures import Caption, Figure, Spec, escape, number, numbers
+from biojepa.report.figures import Caption, Figure, Spec, error_bars, escape, number, numbers
 from biojepa.report.glossary import category_label, metric_text, model_text
 from biojepa.report.inputs import ReportInputs
 from biojepa.report.tables import MISSING, format_count, format_level, format_number, format_percent
@@ -137,15 +137,13 @@ def _intervals(table: pd.DataFrame) -> Spec:
         "mode": "markers",
         "x": numbers(table["expected"], 4),
         "y": numbers(table["expected"], 4),
-        "error_y": {
-            "type": "data",
-            "symmetric": False,
-            "array": numbers(table["high"] - table["expected"], 4),
-            "arrayminus": numbers(table["expected"] - table["low"], 4),
-            "thickness": 1,
-            "width": 0,
-            "color": "@rule",
-        },
+        "error_y": error_bars(
+            table["expected"],
+            table["low"],
+            table["high"],
+            {"thickness": 1, "width": 0, "color": "@rule"},
+            digits=4,
+        ),
         "marker": {"size": 1, "color": "@rule"},
         "hoverinfo": "skip",
         "showlegend": False,
@@ -185,15 +183,13 @@ def _means(bins: pd.DataFrame) -> Spec:
         "name": "mean of a bin",
         "x": numbers(bins["expected"], 4),
         "y": numbers(bins["observed"], 4),
-        "error_y": {
-            "type": "data",
-            "symmetric": False,
-            "array": numbers(bins["high"] - bins["observed"], 4),
-            "arrayminus": numbers(bins["observed"] - bins["low"], 4),
-            "thickness": 1.6,
-            "width": 4,
-            "color": "@ink",
-        },
+        "error_y": error_bars(
+            bins["observed"],
+            bins["low"],
+            bins["high"],
+            {"thickness": 1.6, "width": 4, "color": "@ink"},
+            digits=4,
+        ),
         "line": {"width": 1, "color": "@ink"},
         "marker": {"size": 9, "symbol": "square", "color": "@ink"},
         "customdata": [format_count(n) for n in bins["n"]],
