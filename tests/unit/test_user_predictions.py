@@ -234,6 +234,7 @@ def per_million(logged):
     return scaled.reshape(4, CELLS_EACH, -1).mean(axis=1).astype(np.float32)
 
 
+AS_CHANGES = r"as changes against control have.*add the control mean"
 DAMAGED = {
     "a gene missing": (
         lambda w: means()[:, 1:].copy(),
@@ -279,7 +280,7 @@ DAMAGED = {
     ),
     "differences": (
         lambda w: valued(means(), lambda x: 0.2 * (x - w.control)),
-        r"as changes against control have.*add the control mean",
+        AS_CHANGES,
     ),
     "large differences": (
         lambda w: valued(means(), lambda x: at(x, 1, 2, -0.8)),
@@ -311,34 +312,6 @@ DAMAGED = {
         lambda w: with_column(means([*PREDICTED, "GENE0"]), set=["test", "test", "val", "test", "test"]),
         r"such as 'GENE0' as 'test'; expected 'train'",
     ),
-    "fitted to test perturbations": (
-        lambda w: declared(means(), provenance='{"trained_on": ["GENE0", "GENE5"]}'),
-        r"provenance, trained_on: found 1 test perturbations of this fold, e\.g\. \['GENE5'\].*a leak",
-    ),
-    "fitted to a test combination in another order": (
-        lambda w: declared(means(), provenance='{"trained_on": ["GENE3+GENE2"]}'),
-        r"provenance, trained_on: found 1 test perturbations of this fold, e\.g\. \['GENE2\+GENE3'\]",
-    ),
-    "chosen by a test perturbation, in a group": (
-        lambda w: declared(means(), provenance={"selected_on": ["GENE4", "GENE1"]}),
-        r"provenance, selected_on: found 1 test perturbations of this fold, e\.g\. \['GENE1'\]",
-    ),
-    "a number for labels": (
-        lambda w: declared(means(), provenance='{"trained_on": 5}'),
-        r"provenance, trained_on: found 5; expected a list of perturbations.*leave the key out",
-    ),
-    "nothing for labels": (
-        lambda w: declared(means(), provenance='{"selected_on": null}'),
-        r"provenance, selected_on: found None; expected a list of perturbations",
-    ),
-    "one label without a list": (
-        lambda w: declared(means(), provenance='{"trained_on": "GENE5"}'),
-        r"provenance, trained_on: found 'GENE5'; expected a list of perturbations",
-    ),
-    "numbers for labels": (
-        lambda w: declared(means(), provenance='{"trained_on": ["GENE0", 3]}'),
-        r"provenance, trained_on: found \['GENE0', 3\]; expected a list of perturbations",
-    ),
     "provenance that is no JSON": (
         lambda w: declared(means(), provenance="{trained_on: [GENE5]}"),
         r"uns, provenance: found '\{trained_on: \[GENE5\]\}', which is no JSON.*expected a JSON object",
@@ -358,11 +331,11 @@ DAMAGED = {
     ),
     "changes cut at zero": (
         lambda w: valued(means(), lambda x: np.maximum(x - w.control, 0)),
-        r"as changes against control have.*add the control mean",
+        AS_CHANGES,
     ),
     "no change at all": (
         lambda w: valued(means(), lambda x: 0 * x),
-        r"as changes against control have.*add the control mean",
+        AS_CHANGES,
     ),
     "a row twice": (
         lambda w: repeated(means(), [0]),
@@ -400,6 +373,30 @@ def test_one_mistake_is_one_problem(name, read, wanted):
     with pytest.raises(InputError) as caught:
         read(make(wanted))
     assert "problems" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "labels", "leaked", "as_text"),
+    [
+        ("trained_on", ["GENE0", "GENE5"], r"\['GENE5'\]", True),
+        ("trained_on", ["GENE3+GENE2"], r"\['GENE2\+GENE3'\]", True),
+        ("selected_on", ["GENE4", "GENE1"], r"\['GENE1'\]", False),
+    ],
+    ids=["fitted to it", "in another order of genes", "chosen by it, declared in a group"],
+)
+def test_a_declared_test_perturbation_is_a_leak(read, key, labels, leaked, as_text):
+    said = {key: labels}
+    message = rf"provenance, {key}: found 1 test perturbations of this fold, e\.g\. {leaked}.*a leak"
+    with pytest.raises(InputError, match=message):
+        read(declared(means(), provenance=json.dumps(said) if as_text else said))
+
+
+@pytest.mark.parametrize("key", ["trained_on", "selected_on"])
+@pytest.mark.parametrize("labels", [5, None, "GENE5", ["GENE0", 3]], ids=str)
+def test_what_is_declared_must_be_a_list_of_labels(read, key, labels):
+    message = f"provenance, {key}: found {labels!r}; expected a list of perturbations"
+    with pytest.raises(InputError, match=rf"{re.escape(message)}.*leave the key out"):
+        read(declared(means(), provenance=json.dumps({key: labels})))
 
 
 def test_nothing_is_said_of_the_scale_of_what_is_partly_missing(read):
