@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from biojepa.contracts import TEST, TRAIN, VAL
 from biojepa.embedding import Outputs, Screen, embed_and_predict
 from biojepa.errors import InputError
 from biojepa.evaluation.leakage import check_training_cells
-from biojepa.evaluation.predictions import PredictionFile
 from biojepa.evaluation.references import duplicates
 from biojepa.evaluation.splits import check_split_covers_cells, read_split
 from biojepa.evaluation.truth import assemble_fold, collect_moments
@@ -133,6 +131,15 @@ def trained(cells, pairs):
     model = replace(model, weight=0.5)  # whatever the gate said, the latent part shall count
     model.save(cells.folder / "model.pt")
     return model
+
+
+@pytest.fixture(scope="module")
+def embedded(cells, trained):
+    """Embeddings, predictions and the oracle of the trained model: name to path."""
+    paths = {name: cells.folder / f"{name}.h5ad" for name in ("embeddings", "predictions", "oracle")}
+    outputs = Outputs("biojepa", paths["embeddings"], paths["predictions"], "oracle", paths["oracle"])
+    embed_and_predict(cells.folder / "model.pt", cells.path, cells.split_path, outputs, half_seed=0)
+    return paths
 
 
 def columns(names):
@@ -402,11 +409,8 @@ def test_a_trained_model_starts_from_the_controls_of_the_held_out_context(cells,
     assert np.abs(moved[0] - trained.control_tokens.numpy()).max() > 1e-3
 
 
-def test_predictions_of_a_context_say_so_and_their_observed_tokens_are_comparable(cells, trained):
-    paths = {name: cells.folder / f"{name}.h5ad" for name in ("embeddings", "predictions", "oracle")}
-    outputs = Outputs("biojepa", paths["embeddings"], paths["predictions"], "oracle", paths["oracle"])
-    embed_and_predict(cells.folder / "model.pt", cells.path, cells.split_path, outputs, half_seed=0)
-    written = ad.read_h5ad(paths["predictions"])
+def test_predictions_of_a_context_say_so_and_their_observed_tokens_are_comparable(cells, trained, embedded):
+    written = ad.read_h5ad(embedded["predictions"])
     assert written.obs["context"].tolist() == ["RPE1" if "@" in name else "all" for name in written.obs_names]
     counts = cells_per_label(cells.path, cells.split.info)
     assert counts["control"] == 91 and counts["G0 @ RPE1"] == 12 and counts["G0"] == 19
@@ -418,7 +422,7 @@ def test_predictions_of_a_context_say_so_and_their_observed_tokens_are_comparabl
     control["HEK"] = tokens[cells.labels == "control"].mean(axis=0)
     own = np.where(cells.context == "RPE1", [f"{name} @ RPE1" for name in cells.labels], cells.labels)
     in_a = ~half_b(cells.names, 0, own)
-    oracle = ad.read_h5ad(paths["oracle"])
+    oracle = ad.read_h5ad(embedded["oracle"])
     for row, name in enumerate(written.obs_names):
         moved = [tokens[cell] - control[cells.context[cell]] for cell in np.flatnonzero(own == name)]
         expected = control["RPE1"] + np.mean(moved, axis=0)
@@ -429,7 +433,7 @@ def test_predictions_of_a_context_say_so_and_their_observed_tokens_are_comparabl
         np.testing.assert_allclose(oracle.X[row], said, atol=1e-3)
 
 
-def test_the_map_of_cells_shows_a_context_as_held_out(cells, trained, monkeypatch):
+def test_the_map_of_cells_shows_a_context_as_held_out(cells, embedded, monkeypatch):
     import sys
     import types
 
@@ -441,7 +445,7 @@ def test_the_map_of_cells_shows_a_context_as_held_out(cells, trained, monkeypatc
             return np.asarray(values)[:, :2]
 
     monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=Layout))
-    table = map_embedding(cells.folder / "embeddings.h5ad", cells.split_path).set_index("cell")
+    table = map_embedding(embedded["embeddings"], cells.split_path).set_index("cell")
     own = np.where(cells.context == "RPE1", [f"{name} @ RPE1" for name in cells.labels], cells.labels)
     own = pd.Series(np.where(cells.labels == "control", "control", own), cells.names)
     sets = cells.split.table["set"]
@@ -459,12 +463,10 @@ def test_the_screen_of_a_fold_has_its_labels_and_its_controls(cells):
     assert Screen.read(cells.path).controls.sum() == 91
 
 
-def test_files_of_a_fold_fit_each_other(cells):
-    """What evaluate needs of a fold can be read by anyone: labels, context, and what was left out."""
-    info = json.loads((cells.folder / "split.json").read_text(encoding="utf-8"))
-    assert info == cells.split.info
-    assert PredictionFile("mine", 1, 0, cells.path).fold == cells.split.fold
-    assert load_model(cells.folder / "model.pt").facts["context"] == "RPE1"
+def test_the_stored_model_knows_the_context_of_its_fold(cells, trained):
+    facts = load_model(cells.folder / "model.pt").facts
+    assert (facts["context"], facts["context_column"]) == ("RPE1", "cell_type")
+    assert facts["split_sha256"] == sha256_of(cells.split_path)
 
 
 def test_made_pairs_without_a_context_refuse_to_be_asked_for_one():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -336,9 +337,9 @@ def test_additive_difference_of_a_duplicate_is_that_of_two_noises():
 
 def test_ties_in_discrimination_are_the_mean_of_cell_evals_over_both_orders():
     """cell-eval breaks ties by the order of the perturbations; half of each order is what ours counts."""
-    module = pytest.importorskip("cell_eval.metrics._anndata")
-    types = pytest.importorskip("cell_eval._types")
-    ad = pytest.importorskip("anndata")
+    from cell_eval import _types as types
+    from cell_eval.metrics import _anndata as module
+
     base = random_truth(n=6, genes=20)
     # Three perturbations with one truth tie for each other's prediction. Eighths make distances exact.
     eighths = lambda values: np.round(8 * values) / 8  # noqa: E731

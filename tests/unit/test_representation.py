@@ -273,7 +273,7 @@ def test_the_cells_of_the_axes_and_the_judged_ones_have_none_in_common_but_contr
     shown = {row.tobytes() for row in case.X[np.isin(case.labels, case.test)][:, case.columns]}
     assert {row.tobytes() for row in judged} == shown
     fitted = {row.tobytes() for row in cells.expression[cells.fitted]}
-    assert not fitted & shown
+    assert fitted and not fitted & shown
 
 
 def test_in_a_fold_that_holds_out_a_context_its_cells_are_judged_beside_its_controls(case, tmp_path):
@@ -287,7 +287,8 @@ def test_in_a_fold_that_holds_out_a_context_its_cells_are_judged_beside_its_cont
         return {row.tobytes() for row in case.X[which][:, case.columns]}
 
     held_out = rows(here & ~control)
-    assert {row.tobytes() for row in cells.expression[cells.judged[cells.held_out]]} <= held_out
+    judged = {row.tobytes() for row in cells.expression[cells.judged[cells.held_out]]}
+    assert judged and judged <= held_out
     assert {row.tobytes() for row in cells.expression[cells.judged[~cells.held_out]]} == rows(here & control)
     fitted = {row.tobytes() for row in cells.expression[cells.fitted]}
     assert not fitted & held_out

@@ -193,7 +193,8 @@ def test_p_value_is_the_paired_wilcoxon_test(values):
 
 def test_q_values_are_benjamini_hochberg_over_models_and_metrics_without_positive_controls(values):
     """Headline and secondary metrics are one family, legacy ones another."""
-    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    from statsmodels.stats import multitest
+
     rng = np.random.default_rng(4)
     parts = []
     for metric in (CORRELATION, "rank_l2", "direction_match", "mse", DISTANCE):
