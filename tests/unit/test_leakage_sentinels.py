@@ -175,6 +175,16 @@ def test_a_test_perturbation_in_early_stopping_or_training_is_caught(fold, hidde
         check_all([fold.pairs], fold.cells, [fold.split])
 
 
+def test_a_cell_that_the_screen_does_not_have_is_caught(fold):
+    with h5py.File(fold.pairs, "r+") as file:
+        file["names/cell_names"][-1] = "stranger"
+    with pytest.raises(
+        LeakageError,
+        match=r"1 cell\(s\) carry another label than in .*such as stranger: .*, not in it at all",
+    ):
+        check_all([fold.pairs], fold.cells, [fold.split])
+
+
 def test_a_perturbation_that_only_one_of_the_files_knows_is_caught(fold):
     with h5py.File(fold.pairs, "r+") as file:
         file["names/labels"][0] = "STRANGER"

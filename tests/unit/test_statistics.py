@@ -135,6 +135,31 @@ def test_a_perturbation_in_several_contexts_is_one_unit():
     assert wilcoxon_p(gain) == wilcoxon_p(alone.difference("biojepa", "ridge"))
 
 
+def test_the_summary_tests_and_bounds_perturbations_and_not_their_contexts():
+    rng = np.random.default_rng(5)
+    genes, places = [f"P{i}" for i in range(9)], ("K562", "RPE1", "HEK")
+    gain = {f"{gene} @ {place}": rng.normal(0.3, 1.0) for gene in genes for place in places}
+    scores = {"biojepa": gain, "ridge": dict.fromkeys(gain, 0.0)}
+    scores["mean"] = dict.fromkeys(gain, -1.0)
+    scores["duplicate"] = dict.fromkeys(gain, 2.0)
+    key = ("biojepa", "all", CORRELATION)
+    row = summary_of(long_table(scores, category="other_context")).loc[key]
+    means = [np.mean([gain[f"{gene} @ {place}"] for place in places]) for gene in genes]
+    assert row["p_vs_best_baseline"] == pytest.approx(stats.wilcoxon(means, method="exact").pvalue)
+    assert row["n"] == 27 and row["ci_low"] < row["mean"] < row["ci_high"]
+    one = {
+        model: {k: v for k, v in values.items() if k.startswith("P3 ")} for model, values in scores.items()
+    }
+    lone = summary_of(long_table(one, category="other_context")).loc[key]
+    assert lone["n"] == 3 and lone["mean"] == pytest.approx(means[3])
+    assert lone["gap_closed"] == pytest.approx((means[3] + 1) / 3)
+    assert lone[["ci_low", "ci_high", "gap_ci_low", "gap_ci_high"]].isna().all()
+    # Likewise of a model that was scored on one perturbation of many.
+    scores["biojepa"] = {label: value if label == "P3 @ HEK" else np.nan for label, value in gain.items()}
+    lone = summary_of(long_table(scores, category="other_context")).loc[key]
+    assert lone["n"] == 1 and lone[["ci_low", "ci_high"]].isna().all()
+
+
 def test_gap_is_missing_where_the_duplicate_is_not_better_than_the_mean(values):
     noise = values - values.mean()
     for duplicate in (noise, -values):

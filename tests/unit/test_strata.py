@@ -217,6 +217,14 @@ def test_every_stratum_is_compared_with_the_baseline_that_is_best_over_all():
     assert own[["difference", "difference_ci_low"]].isna().all().all()
 
 
+def test_a_simple_model_under_test_is_compared_with_the_others_in_every_stratum():
+    scores, properties, values = case()
+    table = strata_of(scores, properties, replace(SETTINGS, model="ridge"))
+    assert set(table["best_baseline"]) == {"knn"}
+    row = table[(table["model"] == "ridge") & (table["property"] == "category")].iloc[0]
+    assert row["difference"] == pytest.approx((values["ridge"] - values["knn"]).mean())
+
+
 def test_the_share_that_the_best_baseline_closes_is_a_property():
     scores, properties, values = case()
     table = strata_of(scores, properties)

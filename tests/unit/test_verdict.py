@@ -95,6 +95,17 @@ def test_the_second_metric_decides_where_the_first_is_unusable():
     assert [made["metric"] for made in verdict["details"][0]["comparisons"]] == [SECOND]
 
 
+def test_contexts_of_few_perturbations_are_few():
+    """Seven perturbations in two contexts each are 14 labels and say no more than seven do."""
+    table = scores(n=14, category="other_context")
+    place = table["perturbation"].str[1:].astype(int)
+    table["perturbation"] = [f"P{i // 2} @ {'K562' if i % 2 else 'RPE1'}" for i in place]
+    verdict = verdict_of(table)
+    assert verdict["outcome"] == CANNOT_TELL
+    assert "On 14 held-out perturbations" in verdict["sentence"]
+    assert verdict_of(table, min_perturbations=7)["outcome"] == BETTER
+
+
 def test_metrics_that_contradict_each_other_do_not_make_a_winner():
     verdict = verdict_of(scores(ours=0.5), scores(ours=0.1, metric=SECOND))
     assert verdict["outcome"] == SAME

@@ -129,9 +129,10 @@ def check_training_cells(
     wrong = (true.to_numpy() != carried) | true.isna().to_numpy()
     if wrong.any():
         place = int(np.flatnonzero(wrong)[0])
+        own: object = "in it at all" if pd.isna(true.iloc[place]) else true.iloc[place]
         raise LeakageError(
             f"{pairs_path}: {wrong.sum()} cell(s) carry another label than in {cells_path}, such as "
-            f"{names[place]}: {carried[place]}, not {true.iloc[place]}. {_REMAKE}"
+            f"{names[place]}: {carried[place]}, not {own}. {_REMAKE}"
         )
     return [
         sentinel(
