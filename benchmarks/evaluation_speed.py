@@ -88,6 +88,7 @@ N_SETS, SET_SIZE = 50, 100
 
 # Which function of the evaluation a part is; what runs in none of them is *other*.
 PARTS_OF_CHECKS = {
+    "read_obs": "checks: cells and sets that training read",
     "check_training_cells": "checks: cells and sets that training read",
     "check_sets": "checks: cells and sets that training read",
     "check_gene_selection": "checks: genes chosen again",
