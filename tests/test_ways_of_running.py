@@ -316,7 +316,7 @@ def test_the_channel_knows_every_package_of_the_environment_files(channel):
     for index in channel.glob("*/repodata.json"):
         content = json.loads(index.read_text(encoding="utf-8"))
         known |= {record["name"] for record in content["packages"].values()}
-    assert f"python{sys.version_info.major}"[:6] in known
+    assert "python" in known
     for path in sorted((Path(__file__).parents[1] / "envs").glob("*.yaml")):
         for line in yaml.safe_load(path.read_text(encoding="utf-8"))["dependencies"]:
             assert line.split(" ")[0] in known, f"{path.name}: {line}"
