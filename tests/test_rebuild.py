@@ -61,6 +61,15 @@ def test_tables_and_report_are_rebuilt_from_cells_splits_and_predictions(archive
     assert {name.rsplit(".", 1)[1] for name in made} >= {"tsv", "json", "html", "svg", "h5ad"}
     assert differing(archive, finished, made | {"index.html"}) == []
 
+    # How the rest was made is still known, and the checksums of the raw data, which are gone.
+    before, after = (
+        json.loads((run.folder / "results" / "provenance.json").read_text(encoding="utf-8"))
+        for run in (finished, archive)
+    )
+    assert before["jobs"].keys() - after["jobs"].keys() == {"tiny/simulate"}
+    assert {path: before["sha256"][path] for path in after["sha256"]} == after["sha256"]
+    assert "resources/datasets/tiny/raw.h5ad" in after["sha256"]
+
 
 def test_scores_are_rebuilt_from_cells_splits_and_predictions_alone(archive, finished):
     """Without ``pairs.h5`` every score is the same; what speaks of prior codes is empty, not guessed."""

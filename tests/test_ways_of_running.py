@@ -100,7 +100,6 @@ class CondaPipeline:
 
 @pytest.fixture(scope="module")
 def channel(tmp_path_factory):
-    pytest.importorskip("rattler", reason="no py-rattler; it comes with the test tools: ./run.sh test")
     return build_channel(tmp_path_factory.mktemp("channel"))
 
 
@@ -194,18 +193,14 @@ def test_every_environment_was_made_and_holds_what_its_file_asks_for_alone(by_co
     assert not any(imported(prefix / "bin" / "python", "snakemake") for prefix in made.values())
 
 
-@pytest.fixture(scope="module")
-def as_module(by_conda, tmp_path_factory):
-    """Run the same by another workflow that uses the rules, without conda and on one core."""
-    folder = tmp_path_factory.mktemp("module")
-    settings = yaml.safe_load(TINY.read_text(encoding="utf-8")) | FEW
+def run_module(folder, config, *arguments):
+    """Run another workflow's Snakefile, which has the tiny config under a key of its own."""
+    settings = yaml.safe_load(TINY.read_text(encoding="utf-8")) | FEW | config
     settings["datasets"] = str(CONFIGS / "datasets.tsv")
-    (folder / "config").mkdir()
     theirs = {"perturbations": settings, "of_the_other": 1}
     (folder / "config" / "theirs.yaml").write_text(yaml.safe_dump(theirs), encoding="utf-8")
-    (folder / "Snakefile").write_text(SNAKEFILE.format(checkout=by_conda.pipeline.checkout), encoding="utf-8")
-    answer = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--cores", "1"],
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", "--cores", "1", *arguments],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -214,6 +209,15 @@ def as_module(by_conda, tmp_path_factory):
         check=False,
         timeout=600,
     )
+
+
+@pytest.fixture(scope="module")
+def as_module(checkout, tmp_path_factory):
+    """Run the same by another workflow that uses the rules, without conda and on one core."""
+    folder = tmp_path_factory.mktemp("module")
+    (folder / "config").mkdir()
+    (folder / "Snakefile").write_text(SNAKEFILE.format(checkout=checkout), encoding="utf-8")
+    answer = run_module(folder, {})
     assert answer.returncode == 0, answer.stdout
     return folder
 
@@ -229,6 +233,12 @@ def test_another_workflow_uses_the_rules_with_its_own_config_and_prefix(as_modul
     assert jobs <= made["jobs"].keys()
     outside = [path for path in made["sha256"] if not path.startswith("screen/")]
     assert [path.rsplit("/", 1)[-1] for path in outside] == ["simulator.json"]
+
+
+def test_an_archive_below_a_prefix_is_refused_with_the_way_to_rebuild_it(as_module):
+    answer = run_module(as_module, {"archived": True}, "--dry-run")
+    assert answer.returncode != 0
+    assert "key archived: found it in a module with a prefix" in answer.stdout
 
 
 def tables_below(folder):
@@ -254,6 +264,14 @@ def test_conda_a_prefix_and_the_number_of_cores_change_no_number(by_conda, as_mo
     assert {name: by_conda[name] for name in shared} == {name: plain[name] for name in shared}
 
 
+@pytest.mark.slow
+def test_a_plain_run_on_two_cores_gives_every_table_too(by_conda, checkout, tmp_path):
+    plain = Pipeline(checkout, tmp_path)
+    answer = plain.run(config=FEW, cores=2)
+    assert answer.returncode == 0, answer.stdout
+    assert tables_below(tmp_path / "results") == tables_below(by_conda.pipeline.folder / "results")
+
+
 def test_the_profile_for_slurm_asks_for_a_gpu_for_training_and_for_no_limit_on_their_number(
     by_conda, channel, tmp_path
 ):
@@ -271,9 +289,17 @@ def test_the_profile_for_slurm_asks_for_a_gpu_for_training_and_for_no_limit_on_t
     answer = cluster.run("--workflow-profile", checkout / "profiles" / "slurm", "--dry-run", config=config)
     assert answer.returncode == 0, answer.stdout
     jobs = dict(re.findall(r"^rule (\w+):\n(?:    .*\n)*?    resources: (.*)$", answer.stdout, re.MULTILINE))
-    for rule, gpus in {"train": 2, "embed": 1, "evaluate": None, "preprocess": None}.items():
+    for rule, gpus in {
+        "train": 2,
+        "embed": 1,
+        "heads": 1,
+        "representation": 1,
+        "evaluate": 0,
+        "preprocess": 0,
+        "pair": 0,
+    }.items():
         asked = dict(part.split("=") for part in jobs[rule].split(", "))
-        assert asked.get("gpu", "0") == str(gpus or 0), rule
+        assert asked.get("gpu", "0") == str(gpus), rule
         assert int(asked["mem_mb"]) == profile["set-resources"][rule]["mem_mb"], rule
 
 

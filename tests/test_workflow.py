@@ -398,7 +398,8 @@ def test_provenance_names_settings_files_and_run_times(finished):
     for name, digest in record["sha256"].items():
         if (finished.folder / name).exists():  # the parameters of the simulator are in the checkout
             assert sha256_of(finished.folder / name) == digest, name
-    assert len(record["jobs"]) == sum(ALL_JOBS[rule] for rule in ALL_JOBS.keys() - {"index", "provenance"})
+    assert len(record["jobs"]) == sum(ALL_JOBS[rule] for rule in ALL_JOBS.keys() - {"provenance"})
+    assert record["unrecorded"] == []
     job = record["jobs"]["tiny/perturbation/0/biojepa/0/train"]
     assert job["seconds"] > 0 and job["peak_memory_mb"] > 0
     assert job["device"].startswith("cpu") and job["threads"] == 1
@@ -410,7 +411,7 @@ def test_provenance_names_settings_files_and_run_times(finished):
 def test_every_result_has_a_record_of_the_job_that_made_it(finished):
     """The record names the file and its content, the code, the settings, the seeds and the inputs."""
     for name in expected_results():
-        if "provenance" in name or name == "index.html":  # of the index, provenance.json is the record
+        if "provenance" in name:
             continue
         path = finished.folder / "results" / name
         records = [json.loads(file.read_text("utf-8")) for file in (path.parent / "provenance").iterdir()]

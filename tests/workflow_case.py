@@ -179,7 +179,7 @@ def files_below(folder: Path, *ignored: str) -> set[str]:
 
 def expected_results(trained: Sequence[str] = TRAINED) -> set[str]:
     """List every file below ``results`` that the chain makes of the tiny config."""
-    expected = {"index.html", "provenance.json"}
+    expected = {"index.html", "provenance.json", "provenance/index.json"}
     expected |= {f"tiny/preprocess/{name}" for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")}
     expected.add("tiny/preprocess/provenance/preprocess.json")
     scheme = "tiny/perturbation"

@@ -754,6 +754,10 @@ def test_all_problems_are_told_at_once(folder):
     ("table", "message"),
     [
         (
+            "dataset\tsource\ndemo\tsimulator\t\tmore\n",
+            r"row demo: found \['more'\] beyond the last column; expected 2 fields. Fix: name the column",
+        ),
+        (
             "dataset,source\ndemo,simulator\n",
             "found columns.*expected a column dataset. Fix: separate columns by tabs",
         ),

@@ -80,3 +80,15 @@ def test_an_input_error_survives_a_process_boundary():
     kind, parts = ERROR.__reduce__()
     assert str(kind(*parts)) == str(ERROR)
     assert (kind(*parts).where, kind(*parts).fix) == (ERROR.where, ERROR.fix)
+
+
+def test_a_warning_of_the_library_is_seen_on_the_terminal_too(tmp_path, capsys):
+    log = tmp_path / "job.log"
+    with log_to(log):
+        logging.getLogger("biojepa.training").info("a detail")
+        logging.getLogger("biojepa.training").warning("the GPU is not used")
+        logging.getLogger("other").warning("of another library")
+    assert capsys.readouterr().err == "biojepa: the GPU is not used\n"
+    assert "the GPU is not used" in log.read_text(encoding="utf-8")
+    logging.getLogger("biojepa.training").warning("after the job")
+    assert "biojepa: after" not in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from biojepa.contracts import CELLS_OBS, PERTURBATION_TABLE_COLUMNS, QC_COLUMNS
 from biojepa.errors import InputError
+from biojepa.files import sha256_of
 from biojepa.guides import GuideAssignment
 from biojepa.preprocess import PreprocessSettings, preprocess_screen, write_preprocessed
 from biojepa.preprocess.effects import count_changed_genes, energy_distance, energy_test, principal_components
@@ -469,11 +471,22 @@ def test_the_script_writes_what_the_library_finds(tmp_path):
     outputs = {name: str(tmp_path / "out" / name) for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")}
     code = f"""
 import runpy
-from types import SimpleNamespace as N
-snakemake = N(input=N(raw=[{str(path)!r}], cell_metadata=[], guide_table=[]),
-    params=N(source={source!r}, settings={settings!r}),
-    output=N(cells={outputs["cells.h5ad"]!r}, qc={outputs["qc.tsv"]!r},
-             perturbations={outputs["perturbations.tsv"]!r}), log=[{str(tmp_path / "log.txt")!r}])
+from types import SimpleNamespace
+from snakemake.iocontainers import Namedlist
+def named(**content):
+    listed = Namedlist(content.values())
+    for place, name in enumerate(content):
+        listed._set_name(name, place)
+    return listed
+files = Namedlist([{str(path)!r}])
+for name, end in dict(raw=1, cell_metadata=1, guide_table=1).items():
+    files._set_name(name, 0 if name == "raw" else 1, end=end)
+snakemake = SimpleNamespace(input=files,
+    params=named(source={source!r}, settings={settings!r}),
+    output=named(cells={outputs["cells.h5ad"]!r}, qc={outputs["qc.tsv"]!r},
+                 perturbations={outputs["perturbations.tsv"]!r}, record={str(tmp_path / "record.json")!r}),
+    log=[{str(tmp_path / "log.txt")!r}], rule="preprocess", wildcards=named(dataset="toy"), config={{}},
+    threads=1)
 runpy.run_path({str(SCRIPTS / "preprocess.py")!r}, {{"snakemake": snakemake}}, run_name="__main__")
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -486,7 +499,11 @@ runpy.run_path({str(SCRIPTS / "preprocess.py")!r}, {{"snakemake": snakemake}}, r
         PreprocessSettings.from_mapping(settings),
     )
     np.testing.assert_array_equal(cells.X.toarray(), expected.cells.X.toarray())
-    assert list(json.loads(cells.uns["provenance"])["inputs"]) == ["toy.h5ad"]
+    assert json.loads(cells.uns["provenance"])["inputs"] == {"toy.h5ad": sha256_of(path)}
+    record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+    assert record["inputs"] == {str(path): sha256_of(path)} and set(record["outputs"]) == set(
+        outputs.values()
+    )
 
     failed = subprocess.run(
         [sys.executable, "-c", code.replace("'gene'", "'genes'")],
@@ -549,3 +566,25 @@ def test_norman_labels_and_library_sizes_come_from_their_columns(real_data):
     size = raw.obs.loc[result.cells.obs_names, "total_counts_all"].to_numpy(dtype=float)
     counts = raw[:, result.cells.var_names].X.toarray()
     np.testing.assert_allclose(result.cells.X.toarray(), np.log1p(counts / size[:, None] * 1e4), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "raw", "expected"),
+    [
+        ("raw/screen.h5ad", ["raw/screen.h5ad"], "raw/screen.h5ad"),
+        ("raw/screen.h5ad", ["their/raw/screen.h5ad"], "their/raw/screen.h5ad"),
+        (
+            "raw/tenx",
+            ["their/raw/tenx/barcodes.tsv", "their/raw/cellranger/m.mtx"],
+            "their/raw/tenx",
+        ),
+        ("raw/empty", [], "raw/empty"),
+    ],
+)
+def test_a_screen_is_read_where_the_input_of_the_rule_has_it(path, raw, expected):
+    """In a module with a prefix it is elsewhere than the table says; a folder may hold no file."""
+    found_at = runpy.run_path(str(SCRIPTS / "preprocess.py"))["found_at"]
+    tables = {"cell_metadata": [], "guide_table": ["their/guides.csv"]}
+    source = {"dataset": "mine", "path": path, "guide_table": "guides.csv", "cell_metadata": ""}
+    wanted = {**source, "path": expected, "guide_table": "their/guides.csv"}
+    assert found_at(source, raw, tables) == wanted

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import shutil
 import subprocess
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -11,10 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from snakemake.iocontainers import Namedlist
 
 from biojepa.jobs import recorded_job
 from biojepa.provenance import (
+    PACKAGES,
     commit_of,
     environment,
     inputs_from_outside,
@@ -23,6 +26,8 @@ from biojepa.provenance import (
     package_versions,
     record_of_run,
 )
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def git(folder, *arguments):
@@ -66,6 +71,36 @@ def test_the_commit_says_whether_files_were_changed(tmp_path):
     assert commit_of(tmp_path) == commit[:12]
     (tmp_path / "f").write_text("two", encoding="utf-8")
     assert commit_of(tmp_path) == f"{commit[:12]}-dirty"
+
+
+def test_a_copy_inside_another_checkout_has_no_commit_of_its_own(tmp_path):
+    git(tmp_path, "init", "-q")
+    (tmp_path / "theirs").write_text("x", encoding="utf-8")
+    git(tmp_path, "add", "theirs")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "library.py").write_text("x", encoding="utf-8")
+    assert commit_of(tmp_path / "copy") == "not a git checkout"
+    git(tmp_path, "add", "copy")
+    git(tmp_path, "commit", "-q", "-m", "second")
+    assert commit_of(tmp_path / "copy") == git(tmp_path, "rev-parse", "HEAD")[:12]
+
+
+@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("git", 20), PermissionError("git")])
+def test_git_that_does_not_answer_stops_no_job(tmp_path, monkeypatch, error):
+    def stuck(*_, **__):
+        raise error
+
+    monkeypatch.setattr("subprocess.run", stuck)
+    assert commit_of(tmp_path) == "not a git checkout"
+
+
+def test_the_packages_of_every_environment_are_named():
+    named = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+    known = {named.get(package, package) for package in PACKAGES}
+    for path in sorted(REPO.glob("envs/*.yaml")):
+        declared = yaml.safe_load(path.read_text(encoding="utf-8"))["dependencies"]
+        assert {line.split(" ")[0] for line in declared} - {"python"} <= known, path.name
 
 
 def test_a_folder_outside_git_has_no_commit(tmp_path, monkeypatch):
@@ -112,7 +147,7 @@ class Work:
         )
         with recorded_job(snakemake) as known:
             for path, text in zip(outputs, made.values(), strict=True):
-                self.write(path, text)
+                self.write(Path(path).relative_to(self.folder), text)
             known.update(facts)
         return Path(record)
 
@@ -125,7 +160,8 @@ def work(tmp_path):
 def test_a_job_leaves_a_record_beside_its_files(work):
     source = work.write("raw/screen.mtx", "cells")
     params = {
-        "settings": {"seed": 7, "deep": {"half_seed": 8}, "share": np.float64(0.5)},
+        "settings": {"seed": 7, "deep": {"half_seed": 8}, "share": np.float32(0.5), "n": np.int64(3)},
+        "runs": [{"model": "a", "seed": 4}],
         "library": "digest of the code",
         "ratio": float("nan"),
     }
@@ -142,9 +178,11 @@ def test_a_job_leaves_a_record_beside_its_files(work):
     assert record["inputs"] == {source: sha256("cells")}
     (made,) = record["outputs"].items()
     assert made[0] == str(work.folder / "pair/pairs.h5") and made[1]["sha256"] == sha256("pairs")
-    assert record["seeds"] == {"seed": "2", "settings.seed": 7, "settings.deep.half_seed": 8}
+    seeds = {"seed": "2", "settings.seed": 7, "settings.deep.half_seed": 8, "runs.0.seed": 4}
+    assert record["seeds"] == seeds
     assert record["settings"] == {
-        "settings": {"seed": 7, "deep": {"half_seed": 8}, "share": 0.5},
+        "settings": {"seed": 7, "deep": {"half_seed": 8}, "share": 0.5, "n": 3},
+        "runs": [{"model": "a", "seed": 4}],
         "ratio": "nan",
     }
     assert record["config"] == {"run": ["demo"]}
@@ -200,11 +238,52 @@ def test_the_jobs_behind_a_file_are_found_and_no_others(work):
     assert inputs_from_outside([model], work.folder / "results") == {raw: sha256("raw")}
 
     page = work.write("results/index.html", "page")
-    record = record_of_run({"demo": {"pair": 1}}, [model, page])
+    record = record_of_run({"demo": {"pair": 1}}, [model, page], work.folder / "results")
     assert record["config"] == {"demo": {"pair": 1}}
     texts = {made_of: "parameters", raw: "raw", cells: "cells", str(model): "0", page: "page"}
     assert record["sha256"] == {path: sha256(text) for path, text in texts.items()}
+    for job in jobs.values():
+        assert job.pop("config") == {"run": ["demo"]}
+    assert record["unrecorded"] == [page]
     assert record["jobs"] == jobs and record["commit"] == environment()["commit"]
+
+
+def test_a_record_speaks_of_the_start_of_its_job(work, monkeypatch):
+    """What a user commits or overwrites while a training runs is not what it ran with."""
+    source = work.write("pairs.h5", "before")
+    commits = iter(["commit at the start"])
+    monkeypatch.setattr("biojepa.provenance.commit_of", lambda folder: next(commits))
+    record = work.job("train", [source], {"pairs.h5": "after", "model.pt": "weights"})
+    content = json.loads(record.read_text(encoding="utf-8"))
+    assert content["commit"] == "commit at the start"
+    assert content["inputs"][source] == sha256("before")
+    assert content["outputs"][source]["sha256"] == sha256("after")
+
+
+def test_results_that_were_moved_keep_their_records(work, monkeypatch):
+    monkeypatch.chdir(work.folder)
+    here = Work(Path("screen"))
+    here.job("preprocess", ["/data/raw.h5"], {"results/cells.h5ad": "cells"}, {"dataset": "demo"})
+    cells = "screen/results/cells.h5ad"
+    here.job(
+        "train", [cells], {"results/fold0/model.pt": "0", "results/fold1/model.pt": "1"}, {"dataset": "demo"}
+    )
+    before = jobs_behind(["screen/results/fold0/model.pt"])
+    assert list(before) == ["demo/preprocess", "demo/train"]
+    assert before["demo/train"]["inputs"] == {cells: sha256("cells")}
+
+    shutil.move("screen/results", "results")
+    after = jobs_behind(["results/fold0/model.pt"])
+    assert list(after) == ["demo/preprocess", "demo/train"]
+    assert after["demo/train"]["inputs"] == {"results/cells.h5ad": sha256("cells")}
+    assert set(after["demo/train"]["outputs"]) == {f"results/fold{fold}/model.pt" for fold in "01"}
+
+    somewhere = work.folder / "archive"
+    (somewhere / "screen").mkdir(parents=True)
+    shutil.move("results", somewhere / "screen" / "results")
+    model = somewhere / "screen" / "results" / "fold0" / "model.pt"
+    after = jobs_behind([model])
+    assert after["demo/train"]["inputs"] == {str(somewhere / cells): sha256("cells")}
 
 
 def test_a_lost_record_ends_a_branch(work):

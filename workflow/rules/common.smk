@@ -25,6 +25,13 @@ try:
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
+if CONFIG.archived and getattr(workflow.modifier.path_modifier, "prefix", None):
+    # What an archive still holds is looked for where the rules say, to which Snakemake adds the prefix later.
+    raise WorkflowError(
+        "config, key archived: found it in a module with a prefix; expected the workflow itself. Fix: run the "
+        "Snakefile of the clone in the folder of the prefix, which holds results/"
+    )
+
 DATASETS = CONFIG.datasets
 # Those that hold something out; the scheme none has models and a page, but no scores.
 SCHEMES = CONFIG.evaluated_schemes

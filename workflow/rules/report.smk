@@ -119,6 +119,7 @@ rule index:
             category="All reports",
             labels={"item": "All datasets and splits"},
         ),
+        record="results/provenance/index.json",
     log:
         "logs/index.log",
     conda:

@@ -13,12 +13,15 @@ from biojepa.pairing import PairSettings, freeze_split
 
 if __name__ == "__main__":
     with recorded_job(snakemake):
-        wildcards = snakemake.wildcards
+        wildcards, settings = snakemake.wildcards, dict(snakemake.params.settings)
+        if listed := snakemake.input.get("listed"):
+            # Where the rule's input has it, in a module with a prefix elsewhere than the config says.
+            settings["list"] = listed if isinstance(listed, str) else listed[0]
         freeze_split(
             snakemake.input.cells,
             snakemake.output.split,
             wildcards.dataset,
             wildcards.split,
             int(wildcards.fold),
-            PairSettings(**snakemake.params.settings),
+            PairSettings(**settings),
         )

@@ -15,14 +15,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
-from biojepa.files import sha256_of
 from biojepa.jobs import recorded_job
 from biojepa.preprocess import PreprocessSettings, preprocess_screen, write_preprocessed
 from biojepa.raw import ScreenSource, read_screen
 
 
 def preprocess(
-    raw: Iterable[str],
+    checksums: Mapping[str, str],
     source: Mapping[str, Any],
     settings: Mapping[str, Any],
     cells: str,
@@ -32,16 +31,8 @@ def preprocess(
     """Preprocess one screen and write its three files."""
     screen_source = ScreenSource.from_mapping(source)
     screen_settings = PreprocessSettings.from_mapping(settings)
-    result = preprocess_screen(read_screen(screen_source), screen_source, screen_settings, checksums(raw))
+    result = preprocess_screen(read_screen(screen_source), screen_source, screen_settings, checksums)
     write_preprocessed(result, cells, qc, perturbations)
-
-
-def checksums(raw: Iterable[str]) -> dict[str, str]:
-    """Return the SHA-256 of every file by name; of a folder, those of the files in it."""
-    files = [
-        file for path in map(Path, raw) for file in (sorted(path.iterdir()) if path.is_dir() else [path])
-    ]
-    return {file.name: sha256_of(file) for file in files if file.is_file()}
 
 
 def found_at(
@@ -51,9 +42,12 @@ def found_at(
 
     In a workflow that uses this one as a module with a prefix, they are elsewhere than the table says.
     """
+    tables_found = {name: files[0] for name, files in tables.items() if files}
+    if not raw:  # a folder without files, of which the reader says what it misses
+        return {**source, **tables_found}
     first = Path(raw[0])
     path = first if first.name == Path(source["path"]).name else first.parent
-    return {**source, "path": str(path), **{name: files[0] for name, files in tables.items() if files}}
+    return {**source, "path": str(path), **tables_found}
 
 
 def listed(files: str | Iterable[str]) -> list[str]:
@@ -62,11 +56,11 @@ def listed(files: str | Iterable[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    with recorded_job(snakemake):
+    with recorded_job(snakemake) as record:
         raw = listed(snakemake.input.raw)
         tables = {name: listed(getattr(snakemake.input, name)) for name in ("cell_metadata", "guide_table")}
         preprocess(
-            raw=dict.fromkeys([*raw, *(path for files in tables.values() for path in files)]),
+            checksums={Path(path).name: digest for path, digest in record["inputs"].items()},
             source=found_at(snakemake.params.source, raw, tables),
             settings=snakemake.params.settings,
             cells=snakemake.output.cells,

@@ -11,4 +11,7 @@ from biojepa.provenance import record_of_run
 
 if __name__ == "__main__":
     with log_to(snakemake.log[0]):
-        write_json(record_of_run(snakemake.params.config, list(snakemake.input)), snakemake.output[0])
+        results = Path(snakemake.output[0]).parent
+        write_json(
+            record_of_run(snakemake.params.config, list(snakemake.input), results), snakemake.output[0]
+        )

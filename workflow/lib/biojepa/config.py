@@ -583,6 +583,17 @@ def _unusable_address(source: Source, table: str) -> Iterator[str]:
         )
 
 
+def _without_surplus(row: dict[Any, Any], path: Path) -> dict[str, str]:
+    """Drop empty fields beyond the last column, which a tab at the end of a line makes; refuse full ones."""
+    surplus = [field for field in row.pop(None, []) if field.strip()]
+    if surplus:
+        raise ConfigError(
+            f"{path}, row {row.get('dataset')}: found {surplus} beyond the last column; expected {len(row)} "
+            "fields. Fix: name the column in the first line, or remove the field"
+        )
+    return row
+
+
 def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Source]:
     path = Path(content["datasets"])
     if not path.is_file():
@@ -595,7 +606,7 @@ def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict
             f"{path}: found columns {reader.fieldnames}; expected a column dataset. "
             "Fix: separate columns by tabs"
         )
-    table = list(reader)
+    table = [_without_surplus(row, path) for row in reader]
     sources: dict[str, Source] = {}
     known = [row["dataset"] for row in table]
     for name in content["overrides"]:

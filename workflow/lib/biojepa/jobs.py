@@ -36,30 +36,29 @@ def recorded_job(snakemake: Any) -> Iterator[dict[str, Any]]:
 
     Yields
     ------
-    A dict for what the job alone knows; it is merged into the record.
+    A dict for what the job alone knows, to be merged into the record. It has ``inputs``, path to SHA-256.
     """
-    known: dict[str, Any] = {}
     began = time.monotonic()
     with log_to(snakemake.log[0]):
+        # Before the work: what a user changes while it runs is not what it ran with.
+        before = _before(snakemake)
+        known: dict[str, Any] = {"inputs": before["inputs"]}
         yield known
-        record = record_of_job(snakemake, time.monotonic() - began) | known
+        record = before | _after(snakemake, time.monotonic() - began) | known
         for path in _listed(snakemake.output.get("record", [])):
             write_json(record, path)
 
 
-def record_of_job(snakemake: Any, seconds: float) -> dict[str, Any]:
-    """Return how the files of a job were made.
+def _before(snakemake: Any) -> dict[str, Any]:
+    """Return what is known of a job before its work.
 
     Returns
     -------
     dict
         ``rule``, ``wildcards``, ``settings`` (the parameters of the rule), ``config`` (as the user gave
         it), ``seeds`` (every setting and wildcard whose name speaks of one), ``inputs`` (path to SHA-256;
-        the frozen split is among them), ``outputs`` (path to SHA-256, bytes and time of change),
-        ``commit``, ``packages``, ``machine``, ``device``, ``threads``, ``seconds``, ``peak_memory_mb``
-        and ``finished`` (UTC).
+        the frozen split is among them), ``commit``, ``packages``, ``machine`` and ``threads``.
     """
-    record = set(_listed(snakemake.output.get("record", [])))
     settings = {key: value for key, value in snakemake.params.items() if key not in NOT_SETTINGS}
     wildcards = dict(snakemake.wildcards.items())
     return {
@@ -69,10 +68,24 @@ def record_of_job(snakemake: Any, seconds: float) -> dict[str, Any]:
         "config": _plain(snakemake.config),
         "seeds": dict(_seeds({**wildcards, **_plain(settings)})),
         "inputs": dict(_checksums(snakemake.input)),
-        "outputs": {path: _identity(Path(path)) for path in snakemake.output if path not in record},
         **environment(),
-        "device": device_used(),
         "threads": snakemake.threads,
+    }
+
+
+def _after(snakemake: Any, seconds: float) -> dict[str, Any]:
+    """Return what is known after it.
+
+    Returns
+    -------
+    dict
+        ``outputs`` (path to SHA-256, bytes and time of change), ``device``, ``seconds``, ``peak_memory_mb``
+        and ``finished`` (UTC).
+    """
+    record = set(_listed(snakemake.output.get("record", [])))
+    return {
+        "outputs": {path: _identity(Path(path)) for path in snakemake.output if path not in record},
+        "device": device_used(),
         "seconds": round(seconds, 2),
         "peak_memory_mb": _peak_memory(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -99,18 +112,21 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else str(value)
+    if hasattr(value, "item") and not getattr(value, "shape", ()):  # a number of NumPy
+        return _plain(value.item())
     if isinstance(value, Iterable):
         return [_plain(item) for item in value]
     return str(value)
 
 
-def _seeds(content: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted name and value of every key that speaks of a seed."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _seeds(value, f"{place}{key}.")
-        elif "seed" in key.lower():
+def _seeds(content: Mapping[str, Any] | list[Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and value of every key that speaks of a seed; items of lists are numbered."""
+    named = content.items() if isinstance(content, Mapping) else enumerate(content)
+    for key, value in named:
+        if "seed" in str(key).lower():
             yield f"{place}{key}", value
+        elif isinstance(value, Mapping | list):
+            yield from _seeds(value, f"{place}{key}.")
 
 
 def _checksums(paths: Iterable[str]) -> Iterator[tuple[str, str]]:

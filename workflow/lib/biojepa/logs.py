@@ -16,7 +16,7 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 @contextmanager
 def log_to(path: str | Path) -> Iterator[None]:
-    """Log to ``path`` and to the terminal; write tracebacks to the log and leave with status 1.
+    """Log to ``path``, and warnings of this library to the terminal too; write tracebacks to the log.
 
     An :class:`~biojepa.errors.InputError` and a :class:`~biojepa.errors.StoppedRun`, such as a collapse
     or a leak, print their one message on the terminal, without a traceback, because their reader is the
@@ -29,6 +29,12 @@ def log_to(path: str | Path) -> Iterator[None]:
     to_file = logging.FileHandler(path, mode="w", encoding="utf-8")
     to_file.setFormatter(logging.Formatter(FORMAT))
     root.addHandler(to_file)
+    own = logging.getLogger("biojepa")
+    to_terminal = logging.StreamHandler()
+    to_terminal.setFormatter(logging.Formatter("biojepa: %(message)s"))
+    # Errors are printed below.
+    to_terminal.addFilter(lambda record: record.levelno == logging.WARNING)
+    own.addHandler(to_terminal)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     try:
@@ -43,6 +49,7 @@ def log_to(path: str | Path) -> Iterator[None]:
         raise
     finally:
         logging.captureWarnings(False)
+        own.removeHandler(to_terminal)
         root.removeHandler(to_file)
         root.setLevel(before)
         to_file.close()

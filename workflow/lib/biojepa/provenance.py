@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from biojepa.files import sha256_of
+
+log = logging.getLogger(__name__)
 
 RECORDS = "provenance"
 """Folder of the records of jobs, beside the files that they speak of."""
@@ -24,11 +27,16 @@ PACKAGES = (
     "pandas",
     "anndata",
     "scanpy",
+    "scikit-image",
     "scikit-learn",
     "gseapy",
-    "plotly",
     "h5py",
+    "plotly",
+    "matplotlib",
+    "jinja2",
     "umap-learn",
+    "requests",
+    "tqdm",
 )
 
 
@@ -44,13 +52,24 @@ def package_versions() -> dict[str, str]:
 
 
 def commit_of(folder: str | Path) -> str:
-    """Commit of a checkout, with ``-dirty`` when tracked files were changed, or ``not a git checkout``."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    """Commit of the checkout that tracks the files of a folder, with ``-dirty`` when tracked files changed.
+
+    ``not a git checkout`` where none does, as for a copy that was unpacked inside another project's, and
+    where git is absent, refuses the folder of another owner, or does not answer in 20 seconds: nothing a job
+    should fail for.
+    """
+    git = ["git", "-C", str(folder)]
+    describe = ["describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    except FileNotFoundError:
-        return "not a git checkout"
-    return answer.stdout.strip() if answer.returncode == 0 else "not a git checkout"
+        answers = [
+            subprocess.run(
+                [*git, *command], capture_output=True, text=True, check=True, timeout=20
+            ).stdout.strip()
+            for command in (["ls-files", "."], describe)
+        ]
+    except (OSError, subprocess.SubprocessError):
+        answers = [""]
+    return answers[-1] if all(answers) else "not a git checkout"
 
 
 def environment() -> dict[str, Any]:
@@ -124,6 +143,9 @@ def records_in(folder: Path) -> dict[str, dict[str, Any]]:
 def jobs_behind(files: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
     """Follow the records from some files to those of every job that they came from.
 
+    Paths of the records are those of the run. Where results were moved since, with all that is in them, they
+    are translated, so that the answer names files where they are.
+
     Returns
     -------
     dict
@@ -142,10 +164,38 @@ def jobs_behind(files: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
         if folder not in records:
             records[folder] = records_in(folder)
         for record in records[folder].values():
-            if name in record["outputs"]:
-                jobs[_name(record)] = record
-                waiting.extend(record["inputs"])
+            moved = _translated(record, name)
+            if moved is not None:
+                jobs[_name(moved)] = moved
+                waiting.extend(moved["inputs"])
     return dict(sorted(jobs.items()))
+
+
+def _translated(record: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Return a record with its paths as seen from where its output ``name`` lies now; None if it has none.
+
+    A recorded path and ``name`` are the same file where one is the end of the other.
+    """
+    if name in record["outputs"]:
+        return record
+    for made in record["outputs"]:
+        if name.endswith(f"/{made}"):
+            root = name.removesuffix(made)
+            moved = {path: path if Path(path).is_absolute() else root + path for path in _paths(record)}
+        elif made.endswith(f"/{name}"):
+            root = made.removesuffix(name)
+            moved = {path: path.removeprefix(root) for path in _paths(record)}
+        else:
+            continue
+        return record | {
+            part: {moved[path]: known for path, known in record[part].items()}
+            for part in ("inputs", "outputs")
+        }
+    return None
+
+
+def _paths(record: dict[str, Any]) -> list[str]:
+    return [*record["inputs"], *record["outputs"]]
 
 
 def _name(record: dict[str, Any]) -> str:
@@ -156,7 +206,7 @@ def _name(record: dict[str, Any]) -> str:
     return "/".join([*(str(wildcards[name]) for name in names), str(record.get("rule"))])
 
 
-def record_of_run(config: dict[str, Any], files: Sequence[str | Path]) -> dict[str, Any]:
+def record_of_run(config: dict[str, Any], files: Sequence[str | Path], results: str | Path) -> dict[str, Any]:
     """Collect what a reader of the results needs to make them again.
 
     Parameters
@@ -165,19 +215,33 @@ def record_of_run(config: dict[str, Any], files: Sequence[str | Path]) -> dict[s
         Resolved settings of each dataset.
     files
         Results whose SHA-256 is recorded, and that of all they came from.
+    results
+        The folder of all results.
 
     Returns
     -------
     dict
-        ``commit``, ``packages`` and ``machine`` of this job, ``config``, ``sha256`` of every file and
-        ``jobs``, see :func:`jobs_behind`.
+        ``commit``, ``packages`` and ``machine`` of this job, ``config``, ``sha256`` of every file, ``jobs``,
+        see :func:`jobs_behind`, and ``unrecorded``, the results of which no record says how they were made.
     """
     jobs = jobs_behind(files)
     made = {path: identity["sha256"] for job in jobs.values() for path, identity in job["outputs"].items()}
     given = {path: digest for job in jobs.values() for path, digest in job["inputs"].items()}
+    known = given | made | {str(path): sha256_of(path) for path in files}
+    unrecorded = sorted(path for path in known.keys() - made.keys() if Path(path).is_relative_to(results))
+    if unrecorded:
+        log.warning(
+            "%d results have no record of how they were made, such as %s: they are older than the records, "
+            "or their folders %s are lost",
+            len(unrecorded),
+            unrecorded[0],
+            RECORDS,
+        )
     return {
         **environment(),
         "config": config,
-        "sha256": given | made | {str(path): sha256_of(path) for path in files},
-        "jobs": jobs,
+        "sha256": known,
+        # The config as it was given stands in each record; here it is resolved, once.
+        "jobs": {name: {k: v for k, v in job.items() if k != "config"} for name, job in jobs.items()},
+        "unrecorded": unrecorded,
     }

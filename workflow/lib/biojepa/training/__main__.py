@@ -22,6 +22,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import biojepa
 from biojepa.errors import InputError, StoppedRun
 from biojepa.files import write_json, write_tsv
@@ -65,7 +67,7 @@ def train_to_folder(
     if is_main():
         model.save(folder / "model.pt")
         write_tsv(history, folder / "history.tsv")
-        write_json({**environment(), **metrics}, folder / "metrics.json")
+        write_json({**environment(), "torch_cuda": torch.version.cuda, **metrics}, folder / "metrics.json")
     wait_for_all()
     if is_main():
         discard(checkpoint)

@@ -31,6 +31,7 @@ _CUDA_BUILD = (
     ".snakemake/conda and make it again where the GPU is, or with CONDA_OVERRIDE_CUDA set to the CUDA "
     "version of its driver, such as CONDA_OVERRIDE_CUDA=12.8"
 )
+_DRIVER = "nvidia-smi says whether the driver works, and up to which CUDA version"
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 M = TypeVar("M", bound=nn.Module)
@@ -187,14 +188,15 @@ def choose_device(wanted: str) -> torch.device:
                 "this machine has an NVIDIA GPU, but torch %s (%s) cannot use it: training on the CPU. %s",
                 torch.__version__,
                 built,
-                _CUDA_BUILD,
+                _DRIVER if torch.version.cuda else _CUDA_BUILD,
             )
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "config key train.device",
             f"cuda, but torch {torch.__version__} ({built}) sees no GPU",
             "a visible GPU and a CUDA build of torch",
-            f"run on a machine with a GPU, or set train.device to auto or cpu. {_CUDA_BUILD}",
+            f"run on a machine with a GPU, or set train.device to auto or cpu. "
+            f"{_DRIVER if torch.version.cuda else _CUDA_BUILD}",
         )
     if wanted == "cuda" and world_size() > 1:
         device = torch.device("cuda", local_device_index())
