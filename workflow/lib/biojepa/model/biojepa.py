@@ -109,6 +109,8 @@ class BioJEPA(nn.Module):
             (B, genes) multi-hot code of the perturbed genes; all zero for control.
         type_code, dose
             (B,) type and positive dose of the perturbation; the first type and dose 1 where ``None``.
+            These three may stay in the memory of a CPU while the context is on a GPU: which genes are
+            perturbed decides on shapes, and to ask a GPU for them is to wait for it.
 
         Returns
         -------
@@ -121,20 +123,22 @@ class BioJEPA(nn.Module):
                 require_shape(name, values, (len(context),))
         if dose is not None and not bool((dose > 0).all()):
             raise ValueError(f"dose has values down to {float(dose.min())}; expected positive ones")
-        population, gene = membership.nonzero(as_tuple=True)
+        device = context.device
+        asked, gene = membership.nonzero(as_tuple=True)
         change = torch.zeros_like(context)
         if not len(gene):
             return change
         tokens, absent = self.perturbation(
-            gene,
-            None if type_code is None else type_code[population],
-            None if dose is None else dose[population],
+            gene.to(device, non_blocking=True),
+            None if type_code is None else type_code[asked].to(device, non_blocking=True),
+            None if dose is None else dose[asked].to(device, non_blocking=True),
         )
+        population = asked.to(device, non_blocking=True)
         singles = self.single(context[population], tokens, absent)
         change = change.index_add(0, population, singles.to(change.dtype))
         if self.pair is None:
             return change
-        several = (membership.sum(dim=1) > 1).nonzero(as_tuple=True)[0]
+        several = (membership.sum(dim=1) > 1).nonzero(as_tuple=True)[0].to(device, non_blocking=True)
         if not len(several):
             return change
         present = (~absent).unsqueeze(-1).to(tokens.dtype)

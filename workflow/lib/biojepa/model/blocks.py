@@ -76,8 +76,7 @@ class SelfAttention(nn.Module):
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         visible = None if absent is None else ~absent[:, None, None, :]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        return self.out(attended.transpose(1, 2).reshape(B, T, D))
+        return self.out(_attend(q, k, v, visible).transpose(1, 2).reshape(B, T, D))
 
 
 class CrossAttention(nn.Module):
@@ -107,9 +106,19 @@ class CrossAttention(nn.Module):
         q = self.query(x).view(B, T, self.heads, -1).transpose(1, 2)
         k, v = self.key_value(condition).view(B, condition.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         visible = None if absent is None else ~absent[:, None, None, :]
-        return self.out(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).reshape(B, T, D)
-        )
+        return self.out(_attend(q, k, v, visible).transpose(1, 2).reshape(B, T, D))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Fused attention (B, heads, T, D / heads) to what is ``visible``, a mask that broadcasts to (T, S).
+
+    On a CPU in float32 whatever autocast says: the backward pass of torch's bfloat16 kernel takes three
+    times as long there as that of the float32 one (docs/performance.md).
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=visible)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
 def _mlp(dim: int, ratio: float, dropout: float) -> nn.Sequential:

@@ -62,6 +62,14 @@ def module_mask(cells: int, modules: Tensor, low: float = 0.3, high: float = 0.6
     ValueError
         When ``modules`` has another shape or dtype, or the shares are not 0 <= low <= high < 1.
     """
+    return unit_mask(cells, *mask_units(modules), low, high)
+
+
+def mask_units(modules: Tensor) -> tuple[int, Tensor]:
+    """Number of units that are hidden as one, and the unit of each gene (genes,); see :func:`module_mask`.
+
+    Worth keeping: a GPU has to be waited for to count them.
+    """
     require_shape("modules", modules, (None,))
     require_dtype("modules", modules, torch.int64)
     alone = modules < 0
@@ -69,8 +77,13 @@ def module_mask(cells: int, modules: Tensor, low: float = 0.3, high: float = 0.6
     label = modules.clone()
     label[alone] = modules.max() + 1 + torch.arange(int(alone.sum()), device=modules.device)
     units, unit_of_gene = label.unique(return_inverse=True)
-    share = _shares(cells, low, high, modules.device)
-    hidden = torch.rand(cells, len(units), device=modules.device) < share
+    return len(units), unit_of_gene
+
+
+def unit_mask(cells: int, units: int, unit_of_gene: Tensor, low: float = 0.3, high: float = 0.6) -> Tensor:
+    """Mask (cells, genes) as by :func:`module_mask`, of what :func:`mask_units` says of the modules."""
+    share = _shares(cells, low, high, unit_of_gene.device)
+    hidden = torch.rand(cells, units, device=unit_of_gene.device) < share
     return hidden[:, unit_of_gene]
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from biojepa.pairs import CONTROL_CODE, Pairs
+
+
+# Share of a GPU's free memory that the cells may take, dense and sparse.
+GPU_SHARE = 0.4
+# Bytes that dense cells may take in the memory of a CPU: jobs run side by side there.
+CPU_DENSE = 256 * 2**20
 
 
 def spread(cells: Tensor, size: int) -> Tensor:
@@ -15,37 +24,128 @@ def spread(cells: Tensor, size: int) -> Tensor:
     return cells[place.long()]
 
 
+LAYOUTS = ("dense", "sparse", "host")
+
+
+def _fitting_layout(pairs: Pairs, device: torch.device) -> str:
+    dense = 4 * (len(pairs.indptr) - 1) * len(pairs.genes)
+    if device.type != "cuda":
+        return "dense" if dense <= CPU_DENSE else "sparse"
+    free = GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+    return "dense" if dense <= free else "sparse" if 8 * len(pairs.data) <= free else "host"
+
+
 class CellStore:
-    """Sparse expression of cells on a device, rows made dense a batch at a time.
+    """Expression of cells, of which rows are given dense, a batch at a time, on a device.
+
+    ======  =================================================  ==========================================
+    layout  cells are kept                                     chosen where
+    ======  =================================================  ==========================================
+    dense   on the device, dense                               they fit: then a batch is one gather
+    sparse  on the device, sparse                              only that fits
+    host    in the memory of the machine, pinned, sparse       a GPU has too little memory for either
+    ======  =================================================  ==========================================
+
+    What is given is the same to the last bit. From the layout ``host`` a batch is copied while the device
+    computes, if :meth:`prefetch` says which one comes next.
 
     Parameters
     ----------
     pairs
         Where the cells are.
     device
-        Where to keep them.
+        Where rows are wanted.
+    layout
+        One of the table; by default the first that fits: dense cells may take 256 MiB on a CPU, and cells
+        40 % of the memory that is free on a GPU.
     """
 
-    def __init__(self, pairs: Pairs, device: torch.device) -> None:
+    def __init__(self, pairs: Pairs, device: torch.device, layout: str | None = None) -> None:
         self.n_genes = len(pairs.genes)
         self.device = device
-        self.data = torch.from_numpy(pairs.data).to(device)
-        self.indices = torch.from_numpy(pairs.indices.astype(np.int64)).to(device)
-        self.indptr = torch.from_numpy(pairs.indptr).to(device)
+        self.layout = layout or _fitting_layout(pairs, device)
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+        home = torch.device("cpu") if self.layout == "host" else device
+        self.data = torch.from_numpy(pairs.data).to(home)
+        self.indices = torch.from_numpy(pairs.indices.astype(np.int32, copy=False)).to(home)
+        self.indptr = torch.from_numpy(pairs.indptr).to(home)
         self.log_library = torch.from_numpy(pairs.log_library_size.astype(np.float32)).to(device)
+        self._dense: Tensor | None = None
+        self._copier = ThreadPoolExecutor(1) if self.layout == "host" else None
+        self._coming: dict[Hashable, Future[Tensor]] = {}
+        # The longest row: a GPU pads to it, so that the shape of a batch need not be asked for.
+        self._longest = int(np.diff(pairs.indptr).max(initial=1))
+        if self.layout == "dense":
+            parts = torch.arange(len(self), device=device).split(4096)
+            self._dense = torch.empty(len(self), self.n_genes, device=device)
+            for part in parts:
+                self._dense[part] = self._scattered(part)
+            del self.data, self.indices
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
 
-    def rows(self, cells: Tensor) -> Tensor:
-        """Return log-expression (B, genes) of ``cells`` (B,), without a loop over cells."""
+    def rows(self, cells: Tensor, key: Hashable = None) -> Tensor:
+        """Return log-expression (B, genes) of ``cells`` (B,), without a loop over cells.
+
+        ``key`` is that of :meth:`prefetch` where these cells were named before.
+        """
+        if self._dense is not None:
+            return self._dense[cells]
+        if self.layout == "sparse":
+            return self._padded(cells) if self.device.type == "cuda" else self._scattered(cells)
+        coming = self._coming.pop(key, None)
+        return self._fetched(cells) if coming is None else coming.result()
+
+    def prefetch(self, cells: Tensor, key: Hashable) -> None:
+        """Begin to copy the rows that :meth:`rows` will be asked for with ``key``; only ``host`` needs it."""
+        if self._copier is not None:
+            self._coming[key] = self._copier.submit(self._fetched, cells)
+
+    def _scattered(self, cells: Tensor) -> Tensor:
+        row, column, value = self._entries(cells)
+        out = torch.zeros(len(cells), self.n_genes, device=self.device)
+        out[row, column] = value
+        return out
+
+    def _padded(self, cells: Tensor) -> Tensor:
+        """As :meth:`_scattered`, in shapes that do not depend on the cells."""
+        start = self.indptr[cells][:, None]
+        length = self.indptr[cells + 1][:, None] - start
+        offset = torch.arange(self._longest, device=self.device)
+        place = (start + offset).clamp(max=len(self.data) - 1)
+        # What pads goes to a column that is cut off.
+        column = torch.where(offset < length, self.indices[place].long(), self.n_genes)
+        out = torch.zeros(len(cells), self.n_genes + 1, device=self.device)
+        return out.scatter_(1, column, self.data[place])[:, : self.n_genes]
+
+    def _entries(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, column and value of all that ``cells`` (B,) express."""
         start = self.indptr[cells]
         length = self.indptr[cells + 1] - start
-        row = torch.repeat_interleave(torch.arange(len(cells), device=self.device), length)
+        row = torch.repeat_interleave(torch.arange(len(cells), device=cells.device), length)
         first = torch.cumsum(length, 0) - length
-        place = torch.arange(len(row), device=self.device) - first[row] + start[row]
+        place = torch.arange(len(row), device=cells.device) - first[row] + start[row]
+        return row, self.indices[place].long(), self.data[place]
+
+    def _fetched(self, cells: Tensor) -> Tensor:
+        entries = self._entries(cells.cpu())
+        if self.device.type != "cuda":
+            row, column, value = entries
+        else:
+            # Beside the stream that trains: it waits for the copy alone, and the host for neither.
+            stream = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(stream):
+                row, column, value = (
+                    part.pin_memory().to(self.device, non_blocking=True) for part in entries
+                )
+            stream.synchronize()
+            for part in (row, column, value):
+                # Its memory is the other stream's: not to be taken again before it was read here.
+                part.record_stream(torch.cuda.current_stream(self.device))
         out = torch.zeros(len(cells), self.n_genes, device=self.device)
-        out[row, self.indices[place]] = self.data[place]
+        out[row, column] = value
         return out
 
     def moments(self, cells: Tensor, block: int = 4096) -> tuple[Tensor, Tensor]:

@@ -87,10 +87,9 @@ def train_joint(
 
     def losses(step: int) -> Iterator[Tensor]:
         yield from objective.losses(step)
-        labels = train_labels[
-            torch.randint(len(train_labels), (settings.predictor.batch_size,), device=store.device)
-        ]
-        perturbed, controls = populations.draw(labels, settings.predictor.population)
+        # On a CPU, like the codes of the labels: see BioJEPA.change.
+        labels = train_labels[torch.randint(len(train_labels), (settings.predictor.batch_size,))]
+        perturbed, controls = populations.draw(labels.to(store.device), settings.predictor.population)
         labels, perturbed, controls = labels[share], perturbed[share], controls[share]
         with own_randomness(settings.encoder.accumulate):
             with execution.autocast(store.device):

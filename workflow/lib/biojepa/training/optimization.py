@@ -80,13 +80,18 @@ def apply_gradients(
     optimizer.step()
 
 
+def step_seed(seed: int, stage: int, step: int) -> int:
+    """Seed of one step of a stage."""
+    return (seed * 8 + stage) * 100_000_007 + step
+
+
 def seed_step(seed: int, stage: int, step: int) -> None:
-    """Seed torch for one step.
+    """Seed torch for one step with :func:`step_seed`.
 
     All randomness of a step (batch, mask, dropout) follows from seed, stage and step, so that a resumed
     run draws what an uninterrupted one would have drawn, without saving generator states.
     """
-    torch.manual_seed((seed * 8 + stage) * 100_000_007 + step)
+    torch.manual_seed(step_seed(seed, stage, step))
 
 
 def progress_bar(stage: str, start: int, steps: int) -> tqdm:

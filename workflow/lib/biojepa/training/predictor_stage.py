@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from biojepa.collapse import refuse_divergence
 from biojepa.model.biojepa import BioJEPA
@@ -14,6 +15,7 @@ from biojepa.model.targets import frozen_copy, move_average, while_young
 from biojepa.training.cells import Populations
 from biojepa.training.checkpoint import Checkpoint
 from biojepa.training.optimization import (
+    Execution,
     apply_gradients,
     learning_rate,
     make_optimizer,
@@ -70,7 +72,8 @@ class LatentCells:
     membership
         (labels, genes) multi-hot.
     type_code, dose
-        (labels,) type and dose of the perturbation.
+        (labels,) type and dose of the perturbation. Like ``membership`` they stay in the memory of a CPU,
+        see :meth:`BioJEPA.change`.
     baseline
         (labels, T, D) what the linear branch says of the change: leave-one-out for training labels,
         so that what is left for the predictor is what the linear branch gets wrong on new labels.
@@ -84,7 +87,36 @@ class LatentCells:
 
     def asked(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Multi-hot codes, types and doses of labels (B,), as :meth:`BioJEPA.change` takes them."""
+        labels = labels.to(self.membership.device)
         return self.membership[labels], self.type_code[labels], self.dose[labels]
+
+    def population_means(self, cells: Tensor) -> Tensor:
+        """Mean tokens (B, T, D) of populations ``cells`` (B, n), without a copy of their tokens."""
+        return F.embedding_bag(cells, self.tokens.flatten(1), mode="mean").view(-1, *self.tokens.shape[1:])
+
+
+def predictor_loss(
+    model: BioJEPA,
+    populations: Populations,
+    latent: LatentCells,
+    train: Tensor,
+    settings: PredictorSettings,
+    execution: Execution,
+) -> Tensor:
+    """Draw a batch of populations of the labels ``train`` (n,), on a CPU, and take the loss of ``model``.
+
+    The mean squared error between predicted and observed tokens of the perturbed population.
+    """
+    device = latent.tokens.device
+    # Drawn where their genes are looked up, so that nothing waits for a GPU.
+    labels = train[torch.randint(len(train), (settings.batch_size,))]
+    asked = latent.asked(labels)
+    labels = labels.to(device, non_blocking=True)
+    cells, controls = populations.draw(labels, settings.population)
+    z_control, z_perturbed = latent.population_means(controls), latent.population_means(cells)
+    with execution.autocast(device):
+        change = model.change(z_control, *asked)
+    return (z_control + latent.baseline[labels] + change.float() - z_perturbed).square().mean()
 
 
 def train_predictor(
@@ -99,6 +131,7 @@ def train_predictor(
     seed: int,
     checkpoint: Checkpoint,
     stop_after: int | None = None,
+    execution: Execution | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place; at the end it holds the averaged weights that predicted validation best.
 
@@ -113,12 +146,15 @@ def train_predictor(
         Mean tokens of the validation labels (V, T, D) and of all controls (T, D).
     stop_after
         Steps after which to stop, of a schedule made for ``settings.steps``.
+    execution
+        Precision; float32 when absent.
 
     Returns
     -------
     Rows of the history: step, loss, val_loss, and val_loss_start, that of no change.
     """
-    device = latent.tokens.device
+    execution = execution or Execution()
+    train = train.cpu()
     teacher = frozen_copy(model)
     optimizer = make_optimizer((model,), settings.weight_decay)
     wanted = observed - control - latent.baseline[validation]
@@ -140,11 +176,7 @@ def train_predictor(
         if looks >= settings.patience or (stop_after is not None and step >= stop_after):
             break
         seed_step(seed, STAGE, step)
-        labels = train[torch.randint(len(train), (settings.batch_size,), device=device)]
-        cells, controls = populations.draw(labels, settings.population)
-        z_control, z_perturbed = latent.tokens[controls].mean(dim=1), latent.tokens[cells].mean(dim=1)
-        change = model.change(z_control, *latent.asked(labels))
-        loss = (z_control + latent.baseline[labels] + change - z_perturbed).square().mean()
+        loss = predictor_loss(model, populations, latent, train, settings, execution)
         apply_gradients(optimizer, loss, learning_rate(step, settings.steps, settings.learning_rate))
         # A young average follows closely, or it would still hold the start when training stops early.
         move_average(teacher, model, while_young(step, settings.ema))

@@ -245,7 +245,7 @@ def train_model(
             weight=1.0,
             blended=jointly and branch is not None,
         )
-        latent = _Latent(fold, summary, tokens, left_out, seed, checkpoint_folder, fingerprint)
+        latent = _Latent(fold, summary, tokens, left_out, seed, checkpoint_folder, fingerprint, execution)
         predictor_rows, t = latent.weigh(model) if jointly else latent.train_and_weigh(model)
         if branch is not None:
             # The branch learned from tokens of cells that the encoder was trained on, whose changes are a
@@ -365,6 +365,7 @@ class _Latent:
     seed: int
     checkpoint_folder: str | Path | None
     fingerprint: str
+    execution: Execution
 
     def train_and_weigh(self, model: TrainedModel) -> tuple[list[dict[str, float]], float | None]:
         """Train ``model.predictor`` in place and set ``model.weight``; return history and t statistic."""
@@ -419,18 +420,17 @@ class _Latent:
             said = model.branch.token_change(pairs.membership, pairs.codes)
             said[self.fold.train] = self.left_out.tokens
             baseline = torch.from_numpy(said).float().to(device).view_as(baseline)
-        membership = torch.from_numpy(pairs.membership).float().to(device)
         return train_predictor(
             model.predictor,
             Populations(pairs, device),
             LatentCells(
                 self.tokens,
-                membership,
-                torch.from_numpy(pairs.type_code.astype(np.int64)).to(device),
-                torch.from_numpy(pairs.dose).to(device),
+                torch.from_numpy(pairs.membership).float(),
+                torch.from_numpy(pairs.type_code.astype(np.int64)),
+                torch.from_numpy(pairs.dose),
                 baseline,
             ),
-            torch.from_numpy(train).to(device),
+            torch.from_numpy(train),
             torch.from_numpy(validation).to(device),
             self.summary.tokens[validation],
             self.summary.control_tokens,
@@ -438,6 +438,7 @@ class _Latent:
             self.seed,
             Checkpoint(self.checkpoint_folder, name, self.fingerprint),
             stop_after,
+            self.execution,
         )
 
 
@@ -511,10 +512,10 @@ def _learn_embedding(
         Populations(fold.pairs, store.device),
         cells,
         fold.classes,
-        torch.from_numpy(fold.pairs.membership).float().to(store.device),
-        torch.from_numpy(fold.pairs.type_code.astype(np.int64)).to(store.device),
-        torch.from_numpy(fold.pairs.dose).to(store.device),
-        torch.from_numpy(fold.train).to(store.device),
+        torch.from_numpy(fold.pairs.membership).float(),
+        torch.from_numpy(fold.pairs.type_code.astype(np.int64)),
+        torch.from_numpy(fold.pairs.dose),
+        torch.from_numpy(fold.train),
         settings,
         seed,
         checkpoint,
