@@ -9,7 +9,8 @@ from scipy import stats
 from training_case import KnownEffects, pairs_of
 
 from biojepa.pairs import CONTROL_CODE
-from biojepa.training.cells import CellStore, Populations
+from biojepa.training import cells as cells_module
+from biojepa.training.cells import LAYOUTS, CellStore, Populations
 
 CPU = torch.device("cpu")
 
@@ -19,17 +20,40 @@ def pairs():
     return KnownEffects(seed=1, cells_per_label=12, n_controls=50).pairs
 
 
-def test_rows_are_those_of_the_dense_matrix_in_any_order_and_number(pairs):
-    store = CellStore(pairs, CPU)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_are_those_of_the_dense_matrix_in_any_order_and_number(pairs, layout):
+    store = CellStore(pairs, CPU, layout)
     assert len(store) == len(pairs.perturbation)
     for cells in ([7], [3, 3, 0, len(store) - 1, 5], list(range(len(store)))):
         wanted = np.array(cells)
         np.testing.assert_array_equal(store.rows(torch.from_numpy(wanted)), pairs.dense(wanted))
 
 
-def test_cells_without_any_count_are_rows_of_zeros():
+def test_rows_padded_to_the_longest_are_the_same(pairs):
+    store, cells = CellStore(pairs, CPU, "sparse"), torch.tensor([5, 0, 5, len(pairs.perturbation) - 1])
+    assert torch.equal(store._padded(cells), store.rows(cells))
+
+
+def test_rows_that_were_named_before_are_given_once_and_others_never(pairs):
+    store, cells, others = CellStore(pairs, CPU, "host"), torch.tensor([1, 2]), torch.tensor([3, 4])
+    store.prefetch(cells, "first")
+    np.testing.assert_array_equal(store.rows(others, "second"), pairs.dense(others.numpy()))
+    np.testing.assert_array_equal(store.rows(cells, "first"), pairs.dense(cells.numpy()))
+    np.testing.assert_array_equal(store.rows(others, "first"), pairs.dense(others.numpy()))
+
+
+def test_many_cells_are_kept_sparse_and_an_unknown_layout_is_refused(pairs, monkeypatch):
+    assert CellStore(pairs, CPU).layout == "dense"
+    monkeypatch.setattr(cells_module, "CPU_DENSE", 4 * len(pairs.perturbation) * len(pairs.genes) - 1)
+    assert CellStore(pairs, CPU).layout == "sparse"
+    with pytest.raises(ValueError, match="layout is 'csr'; expected one of dense, sparse, host"):
+        CellStore(pairs, CPU, "csr")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cells_without_any_count_are_rows_of_zeros(layout):
     expression = np.array([[0, 0, 0], [0, 2, 0], [0, 0, 0], [1, 0, 3]])
-    store = CellStore(pairs_of(expression, ["control", "A", "A", "control"], {"A": "train"}), CPU)
+    store = CellStore(pairs_of(expression, ["control", "A", "A", "control"], {"A": "train"}), CPU, layout)
     np.testing.assert_array_equal(store.rows(torch.tensor([2, 3, 0, 1])), expression[[2, 3, 0, 1]])
     assert not store.rows(torch.tensor([0, 2])).any()
 

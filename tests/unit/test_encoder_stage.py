@@ -15,6 +15,7 @@ from biojepa.model import targets
 from biojepa.model.masks import gene_mask
 from biojepa.model.predictor import JEPAPredictor
 from biojepa.training import encoder_stage
+from biojepa.training.cells import CellStore
 from biojepa.training.encoder_stage import EncoderSettings, _action_loss
 from biojepa.training.gene_modules import gene_modules
 from biojepa.training.optimization import Execution
@@ -244,10 +245,42 @@ def test_a_compiled_encoder_is_used_and_gives_the_same_weights(case, monkeypatch
     _, expected = case.run(settings)
     assert asked == []
     _, weights = case.run(settings, None, Execution(compile=True))
-    assert len(asked) == 1
+    assert len(asked) == 2  # what encodes the context, and what encodes the target
     assert weights.keys() == expected.keys()
     for name in weights:
         torch.testing.assert_close(weights[name], expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_where_compiling_fails_training_goes_on_uncompiled_and_says_so(case, monkeypatch, caplog):
+    def failing(module):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    settings, execution = encoder_settings(steps=4), Execution(compile=True)
+    _, expected = case.run(settings)
+    monkeypatch.setattr(torch, "compile", failing)
+    _, weights = case.run(settings, None, execution)
+    assert "torch.compile failed (RuntimeError: no C++ compiler)" in caplog.text
+    assert execution.compile_seconds == []
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("layout", ["sparse", "host"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_where_cells_are_kept_changes_nothing(case, monkeypatch, layout, accumulate):
+    settings = encoder_settings(steps=5, accumulate=accumulate)
+    assert case.store.layout == "dense"
+    rows, expected = case.run(settings)
+    asked = []
+    store = CellStore(case.pairs, torch.device("cpu"), layout)
+    prefetch = store.prefetch
+    monkeypatch.setattr(store, "prefetch", lambda cells, key: (asked.append(key), prefetch(cells, key)))
+    monkeypatch.setattr(case, "store", store)
+    found, weights = case.run(settings)
+    assert found == rows
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    named = [(step, part) for step in range(1, 5) for part in range(accumulate)]
+    assert asked == (named if layout == "host" else [])
+    assert not store._coming  # every batch that was fetched ahead was used
 
 
 def test_what_is_measured_is_the_target_encoder_without_dropout(case):

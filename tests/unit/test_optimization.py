@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +40,56 @@ def test_the_learning_rate_warms_up_over_a_tenth_and_falls_along_a_cosine():
     assert rates[99] == pytest.approx(1 + math.cos(math.pi * 89 / 90))
     assert learning_rate(100, 100, 2.0) == pytest.approx(0, abs=1e-12)
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_the_optimizer_is_adamw_and_continues_from_its_state():
+    torch.manual_seed(0)
+    ours, reference, resumed = (nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)) for _ in range(3))
+    reference.load_state_dict(ours.state_dict())
+    unused = nn.Linear(2, 2)
+    optimizer = make_optimizer((ours, unused), 0.05)
+    matrices = [p for p in reference.parameters() if p.ndim == 2]
+    vectors = [p for p in reference.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    expected = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=False, foreach=False)
+    before = [p.clone() for p in unused.parameters()]
+    for step in range(7):
+        if step == 4:
+            resumed.load_state_dict(ours.state_dict())
+            state = optimizer.state_dict()
+            optimizer = make_optimizer((resumed, unused), 0.05)
+            optimizer.load_state_dict(state)
+            ours = resumed
+        x = torch.randn(8, 6)
+        for group in expected.param_groups:
+            group["lr"] = 0.01 * (step + 1)
+        expected.zero_grad()
+        reference(x).square().mean().backward()
+        nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        expected.step()
+        apply_gradients(optimizer, ours(x).square().mean(), 0.01 * (step + 1))
+    for p, wanted in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, wanted, rtol=1e-5, atol=1e-6)
+    # Without a gradient nothing moves, not even by decay.
+    assert all(torch.equal(p, old) for p, old in zip(unused.parameters(), before, strict=True))
+
+
+def test_making_an_optimizer_does_not_import_the_compiler():
+    code = (
+        "import sys, torch; from biojepa.training.optimization import make_optimizer, apply_gradients;"
+        "m = torch.nn.Linear(2, 2); loss = m(torch.ones(1, 2)).sum();"
+        "apply_gradients(make_optimizer((m,), 0.1), loss, 0.1);"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    library = Path(optimization.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(library)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
 
 
 def test_a_run_of_one_step_has_a_learning_rate():
@@ -169,10 +222,14 @@ def test_losses_of_micro_batches_add_up_before_one_step():
     torch.testing.assert_close(parts.data, whole.data)
 
 
-def test_precision_follows_the_device_and_unknown_names_are_refused():
+def test_precision_follows_the_device_and_unknown_names_are_refused(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [choose_precision("auto", d) for d in (cpu, gpu)] == ["float32", "bfloat16"]
     assert [choose_precision(p, gpu) for p in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    monkeypatch.setattr(optimization, "_has_amx", lambda: True)
+    assert [choose_precision("auto", cpu, width) for width in (64, 128)] == ["float32", "bfloat16"]
+    monkeypatch.setattr(optimization, "_has_amx", lambda: False)
+    assert choose_precision("auto", cpu, 128) == "float32"
     with pytest.raises(ValueError, match="precision is 'half'; expected one of"):
         choose_precision("half", cpu)
     a = torch.ones(2, 2)

@@ -66,7 +66,7 @@ def module_mask(cells: int, modules: Tensor, low: float = 0.3, high: float = 0.6
 
 
 def mask_units(modules: Tensor) -> tuple[int, Tensor]:
-    """Number of units that are hidden as one, and the unit of each gene (genes,); see :func:`module_mask`.
+    """Count the units that are hidden as one, and tell that of each gene (genes,): for :func:`unit_mask`.
 
     Worth keeping: a GPU has to be waited for to count them.
     """

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from biojepa.pairs import CONTROL_CODE, Pairs
 
-
 # Share of a GPU's free memory that the cells may take, dense and sparse.
 GPU_SHARE = 0.4
 # Bytes that dense cells may take in the memory of a CPU: jobs run side by side there.

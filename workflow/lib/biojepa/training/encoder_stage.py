@@ -198,7 +198,6 @@ class EncoderObjective:
         self.criterion = _criterion(settings).to(device)
         self.modules = self._modules(cells) if settings.masking == "modules" else None
         self._units = None if self.modules is None else mask_units(self.modules)
-        self.encode = execution.compiled(self.student)
         self.monitored = spread(cells, MONITOR_CELLS)
         self.batch_size = min(settings.batch_size, len(self.cells))
         self.micro_batch = self.batch_size // settings.accumulate
@@ -208,6 +207,12 @@ class EncoderObjective:
                 f"{self.micro_batch} cells in each; expected at least 2"
             )
         self.share = share_of(self.micro_batch, "train.encoder.batch_size")
+        own = len(range(*self.share.indices(self.micro_batch)))
+        example = torch.zeros(own, store.n_genes, device=device), torch.zeros(own, device=device)
+        self.encode = execution.compiled(self.student, *example)
+        self.encode_target = (
+            self.target if self.target.own is None else execution.compiled(self.target, *example)
+        )
         self._measured: list[dict[str, Tensor]] = []
 
     def losses(self, step: int) -> Iterator[Tensor]:
@@ -295,7 +300,7 @@ class EncoderObjective:
                 self.store.rows(control), self.store.log_library[control]
             )
         with own_randomness(number[1]), self.execution.autocast(self.store.device):
-            target = self.target(x, library)
+            target = self.encode_target(x, library)
             context = self.encode(visible, visible_library)
             asked = context if self.told is None else context + self.told(self.classes[own])[:, None]
             predicted = self.predictor(asked.float())

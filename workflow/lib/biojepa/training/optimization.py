@@ -6,11 +6,12 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ _CUDA_BUILD = (
 )
 _DRIVER = "nvidia-smi says whether the driver works, and up to which CUDA version"
 PRECISIONS = ("auto", "float32", "bfloat16")
+MIN_BFLOAT16_WIDTH = 128
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,7 +47,92 @@ def learning_rate(step: int, steps: int, peak: float, warmup_share: float = 0.1)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def make_optimizer(modules: Iterable[nn.Module], weight_decay: float) -> torch.optim.AdamW:
+class FusedAdamW:
+    """AdamW (Loshchilov & Hutter, ICLR 2019) by torch's fused kernel: the steps of ``torch.optim.AdamW``.
+
+    The first optimizer that torch makes imports its compiler, which takes longer than some trainings of
+    a test and a second or two in any case, and each step passes through hooks that nobody set. The kernel
+    is the same, so are the numbers.
+
+    Parameters
+    ----------
+    groups
+        Dictionaries with ``params`` and ``weight_decay``.
+    betas, eps
+        Of the moments.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        self.param_groups = [{"lr": 0.0, **group, "params": list(group["params"])} for group in groups]
+        self.betas, self.eps = betas, eps
+        self._state: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters, group by group."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for p in self.parameters:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move all parameters that have a gradient."""
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            if not moved:
+                continue
+            for p in moved:
+                if p not in self._state:
+                    self._state[p] = _fresh_state(p)
+            averages, squares, steps = map(list, zip(*(self._state[p] for p in moved), strict=True))
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                moved,
+                [p.grad for p in moved],
+                averages,
+                squares,
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=group["weight_decay"],
+                eps=self.eps,
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and steps by position of the parameter."""
+        return {"state": {i: list(self._state[p]) for i, p in self._numbered() if p in self._state}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over :meth:`state_dict`, on the devices of the parameters."""
+        found = state["state"]
+        self._state = {
+            p: tuple(part.to(p.device, copy=True) for part in found[i])  # type: ignore[misc]
+            for i, p in self._numbered()
+            if i in found
+        }
+
+    def _numbered(self) -> list[tuple[int, Tensor]]:
+        return list(enumerate(self.parameters))
+
+
+def _fresh_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First moment, second moment, steps."""
+    return torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)
+
+
+def make_optimizer(modules: Iterable[nn.Module], weight_decay: float) -> FusedAdamW:
     """AdamW that decays matrices alone: no norms, biases, position embeddings or convolutions."""
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
@@ -55,11 +142,14 @@ def make_optimizer(modules: Iterable[nn.Module], weight_decay: float) -> torch.o
                 is_matrix = sum(size > 1 for size in parameter.shape) >= 2 and parameter.ndim == 2
                 (decayed if is_matrix else spared).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    return FusedAdamW(groups)
 
 
 def apply_gradients(
-    optimizer: torch.optim.Optimizer, losses: Tensor | Iterable[Tensor], rate: float, clip: float = 1.0
+    optimizer: FusedAdamW | torch.optim.Optimizer,
+    losses: Tensor | Iterable[Tensor],
+    rate: float,
+    clip: float = 1.0,
 ) -> None:
     """Backward, average over processes, clip the norm of the gradient, step.
 
@@ -69,7 +159,7 @@ def apply_gradients(
         One loss, or those of the micro-batches of the step, whose gradients add up. An iterator that
         computes them one by one holds the graph of one micro-batch at a time.
     """
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     for loss in (losses,) if isinstance(losses, Tensor) else losses:
         loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -120,11 +210,14 @@ class Execution:
         Whether the encoder is compiled by ``torch.compile``.
     tracker
         Where curves go besides the history.
+    compile_seconds
+        What compiling took, part by part; empty where nothing was compiled.
     """
 
     precision: str = "float32"
     compile: bool = False
     tracker: Tracker = field(default_factory=Tracker)
+    compile_seconds: list[float] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -134,24 +227,62 @@ class Execution:
         curves = None
         if settings.tensorboard and checkpoint_folder is not None:
             curves = Path(checkpoint_folder).parent / "tensorboard"
-        return cls(choose_precision(settings.precision, device), settings.compile, Tracker(curves))
+        precision = choose_precision(settings.precision, device, settings.encoder.embed_dim)
+        return cls(precision, settings.compile, Tracker(curves))
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Context in which networks run forward."""
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
 
-    def compiled(self, module: M) -> M:
-        """Return the module, compiled if asked for; both share their parameters."""
-        return torch.compile(module) if self.compile else module  # type: ignore[return-value]
+    def compiled(self, module: M, *example: Tensor) -> M:
+        """Return the module, compiled if asked for; both share their parameters.
+
+        It is compiled here and now, forward and backward, on an ``example`` of its inputs, so that a
+        machine on which that fails, for want of a C++ compiler for instance, trains uncompiled.
+        """
+        if not self.compile:
+            return module
+        began = time.perf_counter()
+        try:
+            fast = torch.compile(module)
+            with self.autocast(example[0].device):
+                found = fast(*example)
+            if found.requires_grad:
+                found.float().sum().backward()
+        except Exception as error:  # of whatever kind the compiler and its tools raise
+            log.warning(
+                "torch.compile failed (%s: %s): training goes on uncompiled. Fix: install a C++ compiler, or "
+                "set train.compile to false",
+                type(error).__name__,
+                str(error).strip().splitlines()[0] if str(error).strip() else "no message",
+            )
+            return module
+        finally:
+            module.zero_grad()
+        self.compile_seconds.append(time.perf_counter() - began)
+        log.info("torch.compile took %.1f s", self.compile_seconds[-1])
+        return fast  # type: ignore[return-value]
 
 
-def choose_precision(wanted: str, device: torch.device) -> str:
-    """Resolve ``auto``: bfloat16 on a GPU, float32 on a CPU."""
+def choose_precision(wanted: str, device: torch.device, width: int = 0) -> str:
+    """Resolve ``auto``: what is faster on the device.
+
+    That is bfloat16 on a GPU, and on a CPU with matrix units for it (Intel AMX) where tokens have a
+    ``width`` of at least 128; narrower models are held up by everything but matrix products, and other
+    CPUs convert. It depends on the processor and on the settings, and on no clock, so that a rerun computes
+    the same.
+    """
     if wanted not in PRECISIONS:
         raise ValueError(f"precision is {wanted!r}; expected one of {PRECISIONS}")
     if wanted == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
+        wide_on_amx = width >= MIN_BFLOAT16_WIDTH and _has_amx()
+        return "bfloat16" if device.type == "cuda" or wide_on_amx else "float32"
     return wanted
+
+
+def _has_amx() -> bool:
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(asked()) if asked else False
 
 
 @contextmanager

@@ -270,6 +270,7 @@ def train_model(
         if encoder_rows
         else None,
         "precision": execution.precision,
+        "compile_seconds": round(sum(execution.compile_seconds), 2) if execution.compile_seconds else None,
         "n_training_cells": len(fold.cells),
         "n_training_perturbations": len(fold.train),
         "n_validation_perturbations": len(fold.validation),

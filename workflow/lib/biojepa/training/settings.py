@@ -46,8 +46,9 @@ class TrainSettings:
     processes
         Processes that share the batches of the encoder, one for each GPU.
     precision
-        ``auto`` (bfloat16 on a GPU, float32 on a CPU), ``float32`` or ``bfloat16``: of the encoder's
-        matrix products. Weights, losses and statistics are float32 in any case.
+        ``auto`` (bfloat16 on a GPU, and on a CPU with AMX where ``embed_dim`` is at least 128; else
+        float32), ``float32`` or ``bfloat16``: of matrix products in training. Weights, losses and
+        statistics are float32 in any case.
     compile
         Whether ``torch.compile`` compiles the encoder.
     deterministic
