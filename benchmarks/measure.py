@@ -1,0 +1,150 @@
+"""Time, memory, arithmetic and data that the benchmarks of training share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from biojepa.pairs import CONTROL_CODE, Pairs
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """Name the GPU, or say cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def side_by_side(
+    contenders: Mapping[str, Callable[[int], object]],
+    steps: int,
+    repeats: int,
+    device: torch.device,
+    warm_up: int = 3,
+) -> dict[str, list[float]]:
+    """Time contenders in turns, so that a busy machine slows all of them.
+
+    Parameters
+    ----------
+    contenders
+        Name to a function that takes one step, given its number.
+    steps, repeats
+        Steps of a turn, and turns of each contender.
+    warm_up
+        Steps of each before the first turn: workers start, kernels are chosen or compiled.
+
+    Returns
+    -------
+    Name to the seconds per step of each turn.
+    """
+    done = dict.fromkeys(contenders, 0)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(-1, repeats):
+        for name, take_step in contenders.items():
+            count = warm_up if turn < 0 else steps
+            synchronize(device)
+            began = time.perf_counter()
+            for _ in range(count):
+                take_step(done[name])
+                done[name] += 1
+            synchronize(device)
+            if turn >= 0:
+                seconds[name].append((time.perf_counter() - began) / steps)
+    return seconds
+
+
+def peak_memory(device: torch.device, run: Callable[[], object]) -> float:
+    """Memory that ``run`` adds at its peak to what was in use before, GiB; resident memory on a CPU.
+
+    Linux only on a CPU, for it reads ``/proc``.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+    # 5 resets the peak, see proc(5).
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - before) / 2**20
+
+
+def _resident(name: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Count the floating-point operations of matrix products in ``run``, forward and backward.
+
+    A multiplication and an addition are two. Attention is counted through its two products, because the
+    fused kernel of a CPU is unknown to torch's counter.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> float:
+    """Measure TFLOP/s of a large square matrix product: the median of ``repeats``.
+
+    Operands are random, because products of zeros may run faster.
+    """
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    count = 20 if device.type == "cuda" else 2
+    seconds = side_by_side({"product": lambda _: a @ b}, count, repeats, device)["product"]
+    return 2 * size**3 / median(seconds) / 1e12
+
+
+def simulated_pairs(
+    n_cells: int, n_genes: int, n_labels: int = 50, expressed: float = 0.1, batches: int = 4, seed: int = 0
+) -> Pairs:
+    """Make a fold of random sparse cells, of which only the size matters.
+
+    Parameters
+    ----------
+    expressed
+        Share of the genes that a cell expresses.
+    """
+    rng = np.random.default_rng(seed)
+    counts = rng.binomial(n_genes, expressed, n_cells)
+    indices = np.concatenate([np.sort(rng.choice(n_genes, count, replace=False)) for count in counts])
+    labels = tuple(f"P{i:05d}" for i in range(n_labels))
+    perturbation = rng.integers(-1, n_labels, n_cells).astype(np.int32)
+    perturbation[: n_cells // 10] = CONTROL_CODE
+    batch = rng.integers(batches, size=n_cells).astype(np.int32)
+    return Pairs(
+        genes=tuple(f"G{i}" for i in range(n_genes)),
+        data=rng.gamma(2.0, 0.5, len(indices)).astype(np.float32),
+        indices=indices.astype(np.int32),
+        indptr=np.append(0, np.cumsum(counts)).astype(np.int64),
+        cell_names=tuple(f"cell{i}" for i in range(n_cells)),
+        perturbation=perturbation,
+        batch=batch,
+        batches=tuple(f"b{i}" for i in range(batches)),
+        log_library_size=rng.normal(8.5, 0.3, n_cells).astype(np.float32),
+        partner=np.zeros(n_cells, dtype=np.int64),
+        labels=labels,
+        sets=("train",) * n_labels,
+        categories=("",) * n_labels,
+        types=("CRISPRi",),
+        type_code=np.zeros(n_labels, dtype=np.int32),
+        dose=np.ones(n_labels, dtype=np.float32),
+        perturbed_genes=labels,
+        codes={"network": rng.standard_normal((n_labels, 64)).astype(np.float32)},
+        facts={"dataset": "simulated", "scheme": "perturbation", "fold": 0, "split_sha256": "0" * 8},
+    )
