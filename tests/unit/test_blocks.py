@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from biojepa.model import CrossAttentionBlock, FiLM, TransformerBlock
-from biojepa.model.blocks import CrossAttention, SelfAttention, evaluation
+from biojepa.model.blocks import MAX_FEW_TOKENS, CrossAttention, SelfAttention, _attend, evaluation
 
 D, HEADS = 16, 4
 PADDED_SELF = torch.tensor([[False] * 7, [False, True, True] + [False] * 4, [True] * 6 + [False]])
@@ -55,6 +55,35 @@ def test_cross_attention_equals_that_of_pytorch_with_and_without_padding(padded)
         x, condition, condition, key_padding_mask=absent, need_weights=False
     )
     torch.testing.assert_close(ours(x, condition, absent), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tokens", [1, 9, MAX_FEW_TOKENS, MAX_FEW_TOKENS + 1])
+def test_attention_among_few_tokens_is_the_fused_one_in_value_and_gradient(tokens, masked):
+    torch.manual_seed(0)
+    q = torch.randn(6, 2, 5, 4, dtype=torch.double, requires_grad=True)
+    k, v = (torch.randn(6, 2, tokens, 4, dtype=torch.double, requires_grad=True) for _ in range(2))
+    visible = None
+    if masked:
+        visible = torch.rand(6, 1, 1, tokens) < 0.6
+        visible[0] = False  # nothing to attend to
+        visible[1] = True
+    weight = torch.randn(6, 2, 5, 4, dtype=torch.double)
+    found, expected = (
+        f(30 * q, k, v, visible) for f in (_attend, lambda *x: F.scaled_dot_product_attention(*x[:3], x[3]))
+    )
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad((z * weight).sum(), (q, k, v)) for z in (found, expected))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_on_a_cpu_attention_is_single_precision_under_autocast():
+    q = torch.randn(2, 2, 3, 4).bfloat16()
+    for tokens in (3, 40):
+        k = torch.randn(2, 2, tokens, 4).bfloat16()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert _attend(q, k, k, None).dtype == torch.float32
 
 
 def test_attention_has_the_gradient_of_pytorch():

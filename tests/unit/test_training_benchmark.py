@@ -1,4 +1,4 @@
-"""Claims about the benchmark of training: both loops compute the same, and the opponents are what they say."""
+"""Claims about the benchmark of training: both loops compute the same, the opponents are what they say."""
 
 from __future__ import annotations
 

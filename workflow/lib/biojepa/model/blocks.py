@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+MAX_FEW_TOKENS = 16
 
 
 def require_shape(name: str, x: Tensor, expected: tuple[int | None, ...]) -> None:
@@ -109,16 +113,52 @@ class CrossAttention(nn.Module):
         return self.out(_attend(q, k, v, visible).transpose(1, 2).reshape(B, T, D))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """Fused attention (B, heads, T, D / heads) to what is ``visible``, a mask that broadcasts to (T, S).
+class _FewTokenAttention(torch.autograd.Function):
+    """Attention of (N, T, d) to (N, S, d) by plain matrix products; ``hidden`` broadcasts to (N, T, S)."""
 
-    On a CPU in float32 whatever autocast says: the backward pass of torch's bfloat16 kernel takes three
-    times as long there as that of the float32 one (docs/performance.md).
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+        score = torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[-1] ** -0.5)
+        if hidden is not None:
+            score.masked_fill_(hidden, -torch.inf)
+        # Written out, because torch's softmax of a dozen numbers takes many times as long on a CPU.
+        highest = score.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(score.dtype).min)
+        share = score.sub_(highest).exp_()
+        # At least 1 but where everything is hidden: that gives zeros, as in torch.
+        share = share.div_(share.sum(dim=-1, keepdim=True).clamp_(min=0.5))
+        ctx.save_for_backward(q, k, v, share)
+        return torch.bmm(share, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, share = ctx.saved_tensors
+        (gradient,) = gradients
+        of_share = torch.bmm(gradient, v.transpose(1, 2))
+        of_score = of_share.sub_((of_share * share).sum(dim=-1, keepdim=True)).mul_(share)
+        of_score = of_score.mul_(q.shape[-1] ** -0.5)
+        of_v = torch.bmm(share.transpose(1, 2), gradient)
+        return torch.bmm(of_score, k), torch.bmm(of_score.transpose(1, 2), q), of_v, None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Attention (B, heads, T, D / heads) to the ``visible`` (B, 1, 1, S), by the kernel that is fastest.
+
+    That is torch's fused one, but for two cases on a CPU (docs/performance.md): its backward pass takes
+    three times as long in bfloat16 as in float32, and among a dozen tokens plain products are faster.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=visible)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    with torch.autocast("cpu", enabled=False):
+        if q.dtype == torch.bfloat16:
+            q, k, v = q.float(), k.float(), v.float()
+        if k.shape[2] > MAX_FEW_TOKENS:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        hidden = None
+        if visible is not None:
+            hidden = (~visible).expand(-1, q.shape[1], -1, -1).flatten(0, 1)
+        attended = _FewTokenAttention.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), hidden)
+        return attended.view(q.shape)
 
 
 def _mlp(dim: int, ratio: float, dropout: float) -> nn.Sequential:
