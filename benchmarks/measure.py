@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -26,13 +27,24 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Seconds per step of each turn: by the clock, and of this process's processors.
+
+    Other processes slow the first and hardly the second; worker processes are in the first alone.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+
 def side_by_side(
     contenders: Mapping[str, Callable[[int], object]],
     steps: int,
     repeats: int,
     device: torch.device,
     warm_up: int = 3,
-) -> dict[str, list[float]]:
+) -> dict[str, Turns]:
     """Time contenders in turns, so that a busy machine slows all of them.
 
     Parameters
@@ -46,21 +58,22 @@ def side_by_side(
 
     Returns
     -------
-    Name to the seconds per step of each turn.
+    Name to the seconds of the turns.
     """
     done = dict.fromkeys(contenders, 0)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds = {name: Turns() for name in contenders}
     for turn in range(-1, repeats):
         for name, take_step in contenders.items():
             count = warm_up if turn < 0 else steps
             synchronize(device)
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             for _ in range(count):
                 take_step(done[name])
                 done[name] += 1
             synchronize(device)
             if turn >= 0:
-                seconds[name].append((time.perf_counter() - began) / steps)
+                seconds[name].wall.append((time.perf_counter() - began) / steps)
+                seconds[name].processor.append((time.process_time() - used) / steps)
     return seconds
 
 
@@ -107,7 +120,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 7) -
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     count = 20 if device.type == "cuda" else 2
     seconds = side_by_side({"product": lambda _: a @ b}, count, repeats, device)["product"]
-    return 2 * size**3 / median(seconds) / 1e12
+    return 2 * size**3 / median(seconds.wall) / 1e12
 
 
 def simulated_pairs(

@@ -258,18 +258,20 @@ def rows_of_steps(
     rows = []
     for name, turns in seconds.items():
         # Turn by turn, so that what slows the machine for a while slows both sides of a ratio.
-        ratios = [own / ours for own, ours in zip(turns, reference, strict=True)]
+        ratios = [own / ours for own, ours in zip(turns.wall, reference.wall, strict=True)]
         rows.append(
             {
                 "screen": screen,
                 "stage": stage,
                 "contender": name,
                 "batch": batch,
-                "ms_per_step": 1e3 * median(turns),
+                "ms_per_step": 1e3 * median(turns.wall),
                 "ratio_to_ours": median(ratios),
                 "ratio_low": min(ratios),
                 "ratio_high": max(ratios),
-                "seconds_per_epoch": None if cells is None else median(turns) * cells / batch,
+                "processor_ms_per_step": 1e3 * median(turns.processor),
+                "processor_ratio": median(turns.processor) / median(reference.processor),
+                "seconds_per_epoch": None if cells is None else median(turns.wall) * cells / batch,
                 "status": "measured",
             }
         )
@@ -356,7 +358,7 @@ def measure_arithmetic(arguments: argparse.Namespace, device: torch.device) -> l
             step = setting.our_encoder_step()
             step(0)
             memory = peak_memory(device, lambda step=step: step(1))
-            turns = side_by_side({OURS: step}, arguments.steps, arguments.repeats, device, 1)[OURS]
+            turns = side_by_side({OURS: step}, arguments.steps, arguments.repeats, device, 1)[OURS].wall
             rows.append(
                 {
                     "genes": genes,
