@@ -78,21 +78,19 @@ def side_by_side(
 
 
 def peak_memory(device: torch.device, run: Callable[[], object]) -> float:
-    """Memory that ``run`` adds at its peak to what was in use before, GiB; resident memory on a CPU.
+    """Peak memory while ``run`` runs, GiB, with what was there before: resident, or allocated on a GPU.
 
     Linux only on a CPU, for it reads ``/proc``.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
         run()
         synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+        return torch.cuda.max_memory_allocated(device) / 2**30
     # 5 resets the peak, see proc(5).
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = _resident("VmRSS")
     run()
-    return (_resident("VmHWM") - before) / 2**20
+    return _resident("VmHWM") / 2**20
 
 
 def _resident(name: str) -> int:
@@ -111,8 +109,18 @@ def count_flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+def device_seconds(turns: Turns, device: torch.device) -> float:
+    """Median seconds per step that the device was at work.
+
+    On a CPU those of the processors, divided by the threads, because other processes share the machine.
+    """
+    if device.type == "cuda":
+        return median(turns.wall)
+    return median(turns.processor) / torch.get_num_threads()
+
+
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> float:
-    """Measure TFLOP/s of a large square matrix product: the median of ``repeats``.
+    """Measure TFLOP/s of a large square matrix product: the median of ``repeats``, :func:`device_seconds`.
 
     Operands are random, because products of zeros may run faster.
     """
@@ -120,7 +128,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 7) -
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     count = 20 if device.type == "cuda" else 2
     seconds = side_by_side({"product": lambda _: a @ b}, count, repeats, device)["product"]
-    return 2 * size**3 / median(seconds.wall) / 1e12
+    return 2 * size**3 / device_seconds(seconds, device) / 1e12
 
 
 def simulated_pairs(

@@ -12,7 +12,7 @@ does it use? Three parts, each with a result of its own:
 ``arithmetic``
     The reference model at 2,000, 5,000 and 20,000 genes: operations of a step of the encoder stage, TFLOP/s,
     share of what a large matrix product reaches on the device in the same precision, cells per second, and
-    the memory that a step adds.
+    peak memory with model and data. On a CPU seconds are those of its processors, divided by the threads.
 ``quality``
     Correlation of predicted and observed change of test perturbations against seconds of training. All
     contenders are conditioned on the same prior codes. When to stop is read off the *validation*
@@ -58,6 +58,7 @@ from generative import Cells, CountVAE, ExpressionDiffusion, Trainer  # noqa: E4
 from measure import (  # noqa: E402
     count_flops,
     device_name,
+    device_seconds,
     matmul_ceiling,
     peak_memory,
     side_by_side,
@@ -356,21 +357,21 @@ def measure_arithmetic(arguments: argparse.Namespace, device: torch.device) -> l
             counted = Setting(pairs, few, device).our_encoder_step()
             flops = count_flops(lambda step=counted: step(0)) / 4 * batch
             step = setting.our_encoder_step()
-            step(0)
-            memory = peak_memory(device, lambda step=step: step(1))
-            turns = side_by_side({OURS: step}, arguments.steps, arguments.repeats, device, 1)[OURS].wall
+            memory = peak_memory(device, lambda step=step: step(0))
+            turns = side_by_side({OURS: step}, arguments.steps, arguments.repeats, device, 1)[OURS]
+            seconds = device_seconds(turns, device)
             rows.append(
                 {
                     "genes": genes,
                     "precision": precision,
                     "batch": batch,
                     "gflop_per_step": flops / 1e9,
-                    "seconds_per_step": median(turns),
-                    "tflops": flops / median(turns) / 1e12,
+                    "seconds_per_step": seconds,
+                    "tflops": flops / seconds / 1e12,
                     "ceiling_tflops": ceiling,
-                    "share_of_ceiling": flops / median(turns) / 1e12 / ceiling,
-                    "cells_per_second": batch / median(turns),
-                    "added_peak_gib": memory,
+                    "share_of_ceiling": flops / seconds / 1e12 / ceiling,
+                    "cells_per_second": batch / seconds,
+                    "peak_gib": memory,
                 }
             )
     return rows
