@@ -13,7 +13,8 @@ from scipy import sparse
 from scipy.io import mmwrite
 
 from biojepa.errors import InputError
-from biojepa.raw import ScreenSource, read_screen, require_column
+from biojepa.raw import RawScreen, ScreenSource, open_screen, read_screen, require_column
+from biojepa.raw.matrix import CompressedRows, spans, take_rows
 from biojepa.raw.read import holds_counts, to_counts
 
 COUNTS = np.array([[0, 3, 1, 0], [2, 0, 0, 5], [0, 0, 7, 1]])
@@ -75,6 +76,143 @@ def test_counts_are_the_same_in_every_layout(tmp_path, layout):
     np.testing.assert_array_equal(read.X.toarray(), COUNTS)
     assert read.obs["perturbation"].tolist() == ["KLF1", "control", "SET"]
     assert read.var["gene_id"].tolist() == GENES
+
+
+def random_counts(n_cells=37, n_genes=11, seed=0):
+    """Return counts with empty cells, one of them the last, and an unexpressed gene."""
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(0.6, (n_cells, n_genes))
+    counts[[5, n_cells - 1]], counts[:, 3] = 0, 0
+    return counts
+
+
+@pytest.mark.parametrize("entries", [1, 7, 50, None])
+@pytest.mark.parametrize("layout", ["dense", "csr", "csc", "mtx"])
+def test_blocks_of_any_size_hold_the_same_counts(tmp_path, layout, entries):
+    counts = random_counts()
+    cells = [f"c{i}" for i in range(len(counts))]
+    genes = [f"G{i}" for i in range(counts.shape[1])]
+    if layout == "mtx":
+        source = write_10x(tmp_path / "run", counts, [[name, name] for name in genes], cells)
+    else:
+        kinds = {"dense": np.asarray, "csr": sparse.csr_matrix, "csc": sparse.csc_matrix}
+        adata = ad.AnnData(
+            X=kinds[layout](counts.astype(np.float64)),
+            obs=pd.DataFrame(index=cells),
+            var=pd.DataFrame(index=genes),
+        )
+        source = write(adata, tmp_path)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with open_screen(source, scratch, entries, most=None if entries is None else 2 * entries) as opened:
+        blocks = list(opened.blocks())
+        in_files = list(scratch.iterdir())
+        assert opened.n_cells == 37
+        np.testing.assert_array_equal(opened.take(np.array([2, 5, 36])).toarray(), counts[[2, 5, 36]])
+    assert [first for first, _, _ in blocks] == list(
+        np.cumsum([0] + [len(g.indptr) - 1 for _, g, _ in blocks])[:-1]
+    )
+    assert all(block.has_canonical_format and block.dtype == np.float32 for _, block, _ in blocks)
+    np.testing.assert_array_equal(np.vstack([block.toarray() for _, block, _ in blocks]), counts)
+    assert len(blocks) == 1 if entries is None else len(blocks) > 3
+    # What is put in order goes through files where it is more than `most`, and nothing of it is left.
+    assert bool(in_files) == (layout in ("csc", "mtx") and entries is not None)
+    assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("entries", [1, 9, None])
+def test_guides_are_told_from_genes_in_every_block(tmp_path, entries):
+    source = write_10x(tmp_path / "run", with_guides(), features(), CELLS)
+    with open_screen(source, tmp_path, entries) as opened:
+        blocks = list(opened.blocks())
+    in_memory = list(RawScreen.of(read_screen(source), entries).blocks())
+    for found in (blocks, in_memory):
+        np.testing.assert_array_equal(np.vstack([genes.toarray() for _, genes, _ in found]), COUNTS)
+        guides = np.vstack([guides.toarray() for _, _, guides in found])
+        np.testing.assert_array_equal(guides, with_guides()[:, 4:])
+
+
+def test_spans_cut_no_row_and_lose_none():
+    indptr = np.array([0, 3, 3, 10, 11, 12, 12])
+    assert list(spans(indptr, 3)) == [(0, 2), (2, 3), (3, 6)]
+    assert list(spans(indptr, 100)) == [(0, 6)]
+    assert [end - first for first, end in spans(indptr, 1)] == [1] * 6
+
+
+def test_rows_are_taken_and_blocks_without_them_are_not_read():
+    counts = sparse.csr_matrix(random_counts(), dtype=np.float32)
+    matrix = CompressedRows.of(counts, entries=10)
+    wanted = np.zeros(37, dtype=bool)
+    wanted[20] = True
+    assert len(list(matrix.blocks(wanted))) == 1
+    np.testing.assert_array_equal(take_rows(matrix, np.array([4, 20])).toarray(), counts[[4, 20]].toarray())
+    assert take_rows(matrix, np.array([], dtype=int)).shape == (0, 11)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("indptr", [0, 2, 4, 9], r"6 values, 6 indices and row pointers to 9 for 3 cells"),
+        ("indptr", [0, 2, 6], r"6 values, 6 indices and row pointers to 6 for 3 cells"),
+        ("indices", [1, 2, 0, 9, 2, 3], r"an index of 9 among cells 0 to 2; expected 0 to 3"),
+        ("indices", [1, 2, 0, -1, 2, 3], r"an index of -1 among cells 0 to 2; expected 0 to 3"),
+    ],
+)
+def test_a_matrix_whose_parts_disagree_is_refused(tmp_path, part, values, message):
+    adata = screen()
+    adata.X = sparse.csr_matrix(COUNTS, dtype=np.float32)
+    source = write(adata, tmp_path)
+    with h5py.File(source.path, "a") as file:
+        del file[f"X/{part}"]
+        file[f"X/{part}"] = np.array(values, dtype=np.int32)
+    with pytest.raises(InputError, match=message):
+        read_screen(source)
+
+
+def test_a_column_matrix_with_an_entry_outside_is_refused(tmp_path):
+    adata = screen()
+    adata.X = sparse.csc_matrix(COUNTS, dtype=np.float32)
+    source = write(adata, tmp_path)
+    with h5py.File(source.path, "a") as file:
+        file["X/indices"][0] = 3
+    with pytest.raises(InputError, match=r"an entry of cell 3 \(counted from 0\); expected 0 to 2"):
+        read_screen(source)
+
+
+@pytest.mark.filterwarnings("ignore:Element")
+def test_a_file_in_an_old_layout_is_read(tmp_path):
+    adata = screen()
+    adata.X = sparse.csr_matrix(COUNTS, dtype=np.float32)
+    source = write(adata, tmp_path)
+    with h5py.File(source.path, "a") as file:
+        for name in ("encoding-type", "encoding-version"):
+            del file["X"].attrs[name]
+        file["X"].attrs["h5sparse_format"], file["X"].attrs["h5sparse_shape"] = "csr", COUNTS.shape
+    np.testing.assert_array_equal(read_screen(source).X.toarray(), COUNTS)
+
+
+def test_a_matrix_with_fewer_entries_than_its_header_says_is_refused(tmp_path):
+    source = write_10x(tmp_path / "run", COUNTS, features()[:4], CELLS, zipped=False)
+    matrix = tmp_path / "run" / "matrix.mtx"
+    matrix.write_text("\n".join(matrix.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(InputError, match=r"cannot be read \(5 entries in matrix\.mtx, whose header says 6\)"):
+        read_screen(source)
+    lines = matrix.read_text().splitlines()
+    for last, message in (
+        ("1 1 0.5", "non-integer counts"),
+        ("9 1 1", r"an entry of gene 8"),
+        ("1 x 1", "cannot be"),
+    ):
+        matrix.write_text("\n".join([*lines, last]) + "\n")
+        with pytest.raises(InputError, match=message):
+            read_screen(source)
+
+
+def test_a_symmetric_matrix_market_file_is_read_whole(tmp_path):
+    source = write_10x(tmp_path / "run", COUNTS[:, :3], features()[:3], CELLS, zipped=False)
+    text = "%%MatrixMarket matrix coordinate integer symmetric\n3 3 2\n1 1 4\n3 1 2\n"
+    (tmp_path / "run" / "matrix.mtx").write_text(text)
+    np.testing.assert_array_equal(read_screen(source).X.toarray(), [[4, 0, 2], [0, 0, 0], [2, 0, 0]])
 
 
 @pytest.mark.parametrize("place", ["counts", "umis", "raw"])
