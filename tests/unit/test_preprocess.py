@@ -5,10 +5,12 @@ import os
 import runpy
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,11 +22,26 @@ from biojepa.contracts import CELLS_OBS, PERTURBATION_TABLE_COLUMNS, QC_COLUMNS
 from biojepa.errors import InputError
 from biojepa.files import sha256_of
 from biojepa.guides import GuideAssignment
-from biojepa.preprocess import PreprocessSettings, preprocess_screen, write_preprocessed
-from biojepa.preprocess.effects import count_changed_genes, energy_distance, energy_test, principal_components
+from biojepa.preprocess import (
+    PreprocessSettings,
+    preprocess_file,
+    preprocess_screen,
+    write_preprocessed,
+)
+from biojepa.preprocess import effects as effects_module
+from biojepa.preprocess import quality as quality_module
+from biojepa.preprocess.effects import (
+    TargetExpression,
+    count_changed_genes,
+    energy_distance,
+    energy_test,
+    group_by_label,
+    principal_components,
+)
 from biojepa.preprocess.normalize import log_normalize
 from biojepa.preprocess.quality import mad_outliers
-from biojepa.raw import GUIDE_COUNTS, GUIDE_NAMES, ScreenSource, read_screen
+from biojepa.raw import GUIDE_COUNTS, GUIDE_NAMES, RawScreen, ScreenSource, read_screen
+from biojepa.raw import matrix as matrix_module
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "workflow" / "scripts"
 GENES = [f"G{i}" for i in range(38)] + ["MT-1", "MT-2"]
@@ -359,6 +376,143 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     assert content["inputs"] == {"toy.h5ad": "0" * 64}
     assert content["settings"]["guide_assignment"]["method"] == "dominance"
     assert content["source"]["path"] == "toy.h5ad"
+
+
+def with_guide_counts(screen, seed=9):
+    """Give the toy screen guide counts in place of labels; a few cells carry two guides or none."""
+    rng = np.random.default_rng(seed)
+    names = ["G0_g1", "G0_g2", "G1_g1", "G2_g1", "G3_g1", "NT_g1"]
+    carried = {"G0": [0, 1], "G2+G1": [2, 3], "G3": [4], "NT": [5], "RARE": []}
+    counts = rng.poisson(0.3, (screen.n_obs, len(names)))
+    for cell, label in enumerate(screen.obs["gene"]):
+        guides = carried[label] if label != "G0" else [carried[label][cell % 2]]
+        counts[cell, guides] += rng.poisson(20, len(guides))
+    screen.obsm[GUIDE_COUNTS] = sparse.csr_matrix(counts.astype(np.float32))
+    screen.uns[GUIDE_NAMES] = np.array(names, dtype=object)
+    return screen
+
+
+@pytest.mark.parametrize("entries", [1, 100, 1999])
+@pytest.mark.parametrize("kind", ["labels", "guides", "doublets"])
+def test_nothing_depends_on_the_size_of_the_blocks(tmp_path, monkeypatch, kind, entries):
+    screen, source, settings = toy(), SOURCE, replace(SETTINGS, effect_cells=40, mad_threshold=6.0)
+    counts = screen.X.toarray()
+    counts[[7, 299]] = 0
+    counts[:, 5] = 0
+    screen.X = sparse.csr_matrix(counts)
+    if kind == "guides":
+        table = tmp_path / "guides.csv"
+        table.write_text("guide,target\nG0_g1,G0\nG0_g2,G0\nG1_g1,G1\nG2_g1,G2\nG3_g1,G3\nNT_g1,NT\n")
+        screen = with_guide_counts(screen)
+        source = replace(SOURCE, perturbation_column="", guide_column="", guide_table=str(table))
+        settings = replace(settings, guide_assignment=GuideAssignment(method="threshold"))
+    if kind == "doublets":
+        settings = replace(settings, doublets="scrublet", doublet_threshold=0.3)
+    whole = preprocess_screen(screen, source, settings)
+    monkeypatch.setattr(matrix_module, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(quality_module, "BATCH_ENTRIES", 10 * entries)
+    # Two labels, or one, are summed in each pass.
+    monkeypatch.setattr(effects_module, "MOMENTS_ENTRIES", entries)
+    cut = preprocess_screen(screen, source, settings)
+    assert len(list(RawScreen.of(screen).blocks())) > 4
+    assert whole.qc["cells_removed"].sum() > 1
+    assert whole.perturbations["perturbation"].tolist() == ["G0", "G1+G2", "G3"]
+    pd.testing.assert_frame_equal(cut.qc, whole.qc)
+    pd.testing.assert_frame_equal(cut.perturbations, whole.perturbations, check_exact=True)
+    pd.testing.assert_frame_equal(cut.cells.obs, whole.cells.obs, check_exact=True)
+    assert cut.cells.var.equals(whole.cells.var)
+    for one, other in (
+        (cut.cells.X, whole.cells.X),
+        (cut.cells.layers["counts"], whole.cells.layers["counts"]),
+    ):
+        np.testing.assert_array_equal(one.indptr, other.indptr)
+        np.testing.assert_array_equal(one.indices, other.indices)
+        np.testing.assert_array_equal(one.data, other.data)
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
+def test_a_file_gives_what_the_screen_in_memory_gives(tmp_path, monkeypatch, layout):
+    screen = toy()
+    expected = preprocess_screen(screen, SOURCE, SETTINGS)
+    kinds = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": lambda x: x.toarray()}
+    screen.X = kinds[layout](screen.X)
+    path = tmp_path / "toy.h5ad"
+    screen.write_h5ad(path)
+    monkeypatch.setattr(matrix_module, "BLOCK_ENTRIES", 500)
+    monkeypatch.setattr(matrix_module, "SORTED_ENTRIES", 1000)
+    files = [tmp_path / "out" / name for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")]
+    preprocess_file(replace(SOURCE, path=str(path)), SETTINGS, *files)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(file.name for file in files)
+    cells = ad.read_h5ad(files[0])
+    pd.testing.assert_frame_equal(cells.obs, expected.cells.obs)
+    np.testing.assert_array_equal(cells.X.toarray(), expected.cells.X.toarray())
+    np.testing.assert_array_equal(cells.layers["counts"].toarray(), expected.cells.layers["counts"].toarray())
+    pd.testing.assert_frame_equal(pd.read_csv(files[1], sep="\t", keep_default_na=False), expected.qc)
+    effects = pd.read_csv(files[2], sep="\t")["effect_size"]
+    np.testing.assert_allclose(effects, expected.perturbations["effect_size"], rtol=1e-9)
+
+
+def test_what_stops_half_way_leaves_nothing_behind(tmp_path, monkeypatch):
+    path = tmp_path / "toy.h5ad"
+    screen = toy()
+    screen.X = sparse.csc_matrix(screen.X)
+    screen.write_h5ad(path)
+    monkeypatch.setattr(matrix_module, "SORTED_ENTRIES", 1000)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(effects_module.Effects, "describe", stop)
+    files = [tmp_path / "out" / name for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")]
+    with pytest.raises(KeyboardInterrupt):
+        preprocess_file(replace(SOURCE, path=str(path)), SETTINGS, *files)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_counts_share_the_indices_of_the_expression(tmp_path):
+    files = [tmp_path / name for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")]
+    path = tmp_path / "toy.h5ad"
+    toy().write_h5ad(path)
+    preprocess_file(replace(SOURCE, path=str(path)), SETTINGS, *files)
+    with h5py.File(files[0]) as file:
+        for name in ("indices", "indptr"):
+            assert file[f"X/{name}"] == file[f"layers/counts/{name}"]
+        assert file["X"].attrs["shape"].tolist() == [295, 40]
+    again = tmp_path / "again.h5ad"
+    cells = ad.read_h5ad(files[0])
+    cells.write_h5ad(again)
+    np.testing.assert_array_equal(
+        ad.read_h5ad(again).layers["counts"].toarray(), cells.layers["counts"].toarray()
+    )
+
+
+def test_few_controls_stand_for_all_in_the_rank_test_and_all_count_in_the_means(monkeypatch):
+    monkeypatch.setattr(effects_module, "TEST_CONTROLS", 30)
+    cells = preprocess_screen(toy(), SOURCE, SETTINGS).cells
+    rows_of = group_by_label(cells.obs["perturbation"])
+    control = rows_of.pop("control")
+    target = TargetExpression(rows_of, control, cells.var_names, cells.n_obs, SETTINGS)
+    target.add(0, cells.X)
+    scaled = np.expm1(cells.X.toarray().astype(np.float64))
+    change, p = target.change("G0", rows_of["G0"])
+    perturbed = scaled[rows_of["G0"], 0]
+    expected = np.log2((perturbed.mean() + 0.01) / (scaled[control, 0].mean() + 0.01))
+    assert change == pytest.approx(expected, rel=1e-5)
+    seed = [SETTINGS.seed, zlib.crc32(b"on-target test")]
+    sampled = np.random.default_rng(seed).choice(control, 30, replace=False)
+    reference = stats.mannwhitneyu(perturbed, scaled[sampled, 0], method="asymptotic").pvalue
+    assert p == pytest.approx(reference, rel=1e-5)
+    assert p > 1e6 * stats.mannwhitneyu(perturbed, scaled[control, 0], method="asymptotic").pvalue
+    assert target.change("G9", rows_of["G0"]) is None
+    assert target.detected_in_control("G0") == np.mean(scaled[control, 0] > 0)
+
+
+def test_cells_are_grouped_by_label():
+    labels = np.array(["b", "a", "control", "b", "a+c", "a"])
+    found = group_by_label(pd.Series(pd.Categorical(labels)))
+    assert list(found) == sorted(set(labels))
+    for name, rows in found.items():
+        np.testing.assert_array_equal(rows, np.flatnonzero(labels == name))
 
 
 def test_scrublet_finds_planted_doublets():

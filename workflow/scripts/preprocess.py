@@ -16,8 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.jobs import recorded_job
-from biojepa.preprocess import PreprocessSettings, preprocess_screen, write_preprocessed
-from biojepa.raw import ScreenSource, read_screen
+from biojepa.preprocess import PreprocessSettings, preprocess_file
+from biojepa.raw import ScreenSource
 
 
 def preprocess(
@@ -31,8 +31,7 @@ def preprocess(
     """Preprocess one screen and write its three files."""
     screen_source = ScreenSource.from_mapping(source)
     screen_settings = PreprocessSettings.from_mapping(settings)
-    result = preprocess_screen(read_screen(screen_source), screen_source, screen_settings, checksums)
-    write_preprocessed(result, cells, qc, perturbations)
+    preprocess_file(screen_source, screen_settings, cells, qc, perturbations, checksums)
 
 
 def found_at(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import anndata as ad
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from biojepa.contracts import (
     BATCH,
@@ -25,7 +25,7 @@ from biojepa.errors import InputError
 from biojepa.guides import ASSIGNED, NO_GUIDE, GuideAssignment, assign_guides
 from biojepa.labels import control_names, genes_of, normalize_label
 from biojepa.preprocess.cell_labels import normalize_labels, other_controls
-from biojepa.raw.read import GUIDE_COUNTS, GUIDE_NAMES
+from biojepa.raw.read import RawScreen
 from biojepa.raw.source import ScreenSource
 from biojepa.raw.tables import read_guide_table, require_column
 
@@ -54,7 +54,48 @@ class CellTable:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def annotate_cells(screen: ad.AnnData, source: ScreenSource, guides: GuideAssignment) -> CellTable:
+@dataclass
+class CellSums:
+    """Sums over the genes of each cell, from one pass over the counts.
+
+    Parameters
+    ----------
+    n_counts, mito
+        ``(cells,)`` counts of all genes, and of mitochondrial ones.
+    n_genes
+        ``(cells,)`` detected genes.
+    guides
+        ``(cells, guides)`` CSR; without columns where they were not asked for.
+    """
+
+    n_counts: np.ndarray
+    n_genes: np.ndarray
+    mito: np.ndarray
+    guides: sparse.csr_matrix
+
+
+def sum_cells(screen: RawScreen, with_guides: bool = False) -> CellSums:
+    """Read the counts once, in blocks of cells."""
+    n_counts, mito = np.zeros((2, screen.n_cells))
+    n_genes = np.zeros(screen.n_cells, dtype=np.int32)
+    weights = np.stack([np.ones(len(screen.var)), is_mitochondrial(screen)], axis=1)
+    guides = []
+    for first, genes, of_guides in screen.blocks():
+        part = slice(first, first + genes.shape[0])
+        n_counts[part], mito[part] = (genes @ weights).T
+        n_genes[part] = np.diff(genes.indptr)
+        if with_guides and of_guides is not None:
+            guides.append(of_guides)
+    joined = sparse.vstack(guides, format="csr") if guides else (screen.n_cells, 0)
+    return CellSums(n_counts, n_genes, mito, sparse.csr_matrix(joined))
+
+
+def is_mitochondrial(screen: RawScreen) -> np.ndarray:
+    """Tell which genes ``(genes,)`` are mitochondrial by their symbol."""
+    return screen.var.index.str.upper().str.startswith("MT-").astype(bool)
+
+
+def annotate_cells(screen: RawScreen, source: ScreenSource, guides: GuideAssignment) -> CellTable:
     """Put together what the file, its tables and the guide counts say about each cell.
 
     Raises
@@ -62,10 +103,12 @@ def annotate_cells(screen: ad.AnnData, source: ScreenSource, guides: GuideAssign
     InputError
         When a column is missing, no control is found, or a library size is not positive.
     """
+    sums = None
     if source.perturbation_column:
         calls = _from_labels(screen, source)
-    elif GUIDE_COUNTS in screen.obsm:
-        calls = _from_guide_counts(screen, source, guides)
+    elif screen.guide_names is not None:
+        sums = sum_cells(screen, with_guides=True)
+        calls = _from_guide_counts(screen, sums.guides, source, guides)
     elif source.guide_column and source.guide_table:
         calls = _from_guide_column(screen, source)
     else:
@@ -92,15 +135,15 @@ def annotate_cells(screen: ad.AnnData, source: ScreenSource, guides: GuideAssign
     table.obs[BATCH] = _text_column(obs, source.batch_column, source, "batch_column", "all")
     table.obs[CELL_TYPE] = _text_column(obs, source.cell_type_column, source, "cell_type_column", "unknown")
 
-    counts = screen.X
-    table.obs[N_COUNTS] = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-    table.obs[N_GENES] = np.diff(counts.indptr).astype(np.int32)
-    table.obs[LIBRARY_SIZE] = library_sizes(obs, table.obs[N_COUNTS].to_numpy(), source)
-    table.obs[PCT_MITO] = mitochondrial_percent(screen, table.obs[N_COUNTS].to_numpy(), source)
+    sums = sums or sum_cells(screen)
+    table.obs[N_COUNTS] = sums.n_counts
+    table.obs[N_GENES] = sums.n_genes
+    table.obs[LIBRARY_SIZE] = library_sizes(obs, sums.n_counts, source)
+    table.obs[PCT_MITO] = mitochondrial_percent(screen, sums, source)
     return table
 
 
-def _from_labels(screen: ad.AnnData, source: ScreenSource) -> CellTable:
+def _from_labels(screen: RawScreen, source: ScreenSource) -> CellTable:
     """Take the perturbation of each cell from its label."""
     raw = require_column(screen.obs, source.perturbation_column, source.path, "perturbation_column")
     controls = control_names(source.control_label)
@@ -121,11 +164,16 @@ def _from_labels(screen: ad.AnnData, source: ScreenSource) -> CellTable:
     return CellTable(obs, "unlabelled", notes)
 
 
-def _from_guide_counts(screen: ad.AnnData, source: ScreenSource, settings: GuideAssignment) -> CellTable:
+def _from_guide_counts(
+    screen: RawScreen,
+    counts: sparse.csr_matrix,
+    source: ScreenSource,
+    settings: GuideAssignment,
+) -> CellTable:
     """Call guides from their counts and translate them to targets."""
-    names = [str(name) for name in screen.uns[GUIDE_NAMES]]
+    names = [] if screen.guide_names is None else [str(name) for name in screen.guide_names]
     targets = guide_targets(names, source)
-    calls = assign_guides(screen.obsm[GUIDE_COUNTS], names, targets, settings)
+    calls = assign_guides(counts, names, targets, settings)
     obs = pd.DataFrame({PERTURBATION: calls["label"].to_numpy()}, index=screen.obs.index)
     obs[GUIDE_ID] = calls["guide_id"].fillna("").to_numpy()
     obs[STATUS] = calls["status"].to_numpy()
@@ -144,7 +192,7 @@ def _from_guide_counts(screen: ad.AnnData, source: ScreenSource, settings: Guide
     return CellTable(obs, "no_guide", notes)
 
 
-def _from_guide_column(screen: ad.AnnData, source: ScreenSource) -> CellTable:
+def _from_guide_column(screen: RawScreen, source: ScreenSource) -> CellTable:
     """Translate the guide that the file names for each cell to its target."""
     raw = require_column(screen.obs, source.guide_column, source.path, "guide_column")
     text = raw.astype(object).where(raw.notna(), "").astype(str)
@@ -269,15 +317,14 @@ def library_sizes(obs: pd.DataFrame, sums: np.ndarray, source: ScreenSource) -> 
     return sizes
 
 
-def mitochondrial_percent(screen: ad.AnnData, sums: np.ndarray, source: ScreenSource) -> np.ndarray:
+def mitochondrial_percent(screen: RawScreen, sums: CellSums, source: ScreenSource) -> np.ndarray:
     """Return the mitochondrial share of each cell in percent ``(cells,)``, NaN where unknown."""
     if source.mito_column:
         values = _number_column(screen.obs, source.mito_column, source, "mito_column")
         known = values[np.isfinite(values)]
         # Shares above 1 can only be percent, and a screen without one cell above 1 % does not exist.
         return values * 100 if known.size and known.max() <= 1 else values
-    mito = np.flatnonzero(screen.var_names.str.upper().str.startswith("MT-"))
-    if not len(mito):
-        return np.full(screen.n_obs, np.nan)
-    part = np.asarray(screen.X[:, mito].sum(axis=1), dtype=np.float64).ravel()
-    return np.divide(100 * part, sums, out=np.zeros_like(part), where=sums > 0)
+    if not is_mitochondrial(screen).any():
+        return np.full(screen.n_cells, np.nan)
+    some = sums.n_counts > 0
+    return np.divide(100 * sums.mito, sums.n_counts, out=np.zeros_like(sums.mito), where=some)

@@ -3,6 +3,13 @@
 Everything here is computed on all cells, held-out ones included, and is for people: no number of
 this module is fitted on or trained with. The flags it sets on cells may be applied to training
 cells only.
+
+Cells come in blocks and are looked at twice. While they are written: moments of genes and of
+perturbations, expression of targets, and the cells that set the principal components. Once more: scores
+of the cells in which effect sizes are measured, and moments of perturbations that did not fit the first
+time. What is held does not grow with the cells but for one value for each target of a cell and the scores
+of the cells sampled. Sums are taken entry by entry in the order of the cells, so that no result depends on
+how cells are cut into blocks.
 """
 
 from __future__ import annotations
@@ -10,7 +17,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -28,6 +34,7 @@ from biojepa.contracts import (
 from biojepa.guides import GUIDE_JOIN
 from biojepa.labels import genes_of
 from biojepa.preprocess.settings import PreprocessSettings
+from biojepa.raw.matrix import CompressedRows, RowBlocks
 
 JOIN = ";"
 SIGNIFICANT = 0.05
@@ -42,48 +49,116 @@ WEAK_GUIDE_LOG2FC = 0.5
 MIN_EXPECTED_DETECTIONS = 10
 # Genes and cells that set the principal components; more changes an effect size by less than its noise.
 PCA_GENES, PCA_CELLS = 2_000, 10_000
+# Control cells at most that cells of a perturbation are ranked among; means are over all of them.
+TEST_CONTROLS = 10_000
+# Sums of genes by perturbation that are held at a time, and as many of squares: 0.5 GB together.
+MOMENTS_ENTRIES = 1 << 25
 
 
-def describe_perturbations(cells: ad.AnnData, settings: PreprocessSettings) -> pd.DataFrame:
-    """Return the rows of perturbations.tsv, one per perturbation in sorted order, without the control.
+class Effects:
+    """Describe perturbations from their cells, which are added in blocks.
 
-    For combinations, ``target_measured``, ``on_target_log2fc`` and ``on_target_p`` hold one value
-    per gene of the label, joined by ``;``, empty where the gene is not measured.
+    Parameters
+    ----------
+    obs
+        Of all cells.
+    genes
+        ``(genes,)`` symbols of the columns.
+    settings
+        Sizes of samples, seed, permutations.
     """
-    labels = cells.obs[PERTURBATION].astype(str).to_numpy()
-    rows_of = {str(name): np.flatnonzero(labels == name) for name in np.unique(labels)}
-    control = rows_of.pop(CONTROL)
-    guides = cells.obs[GUIDE_ID].astype(str).to_numpy()
-    kinds = cells.obs[PERTURBATION_TYPE].astype(str).to_numpy()
-    target = TargetExpression(cells, rows_of, settings.target_sum)
-    sizes = effect_sizes(cells.X, rows_of, control, settings)
-    degs = count_changed_genes(cells.X, rows_of, control)
-    q_values = false_discovery_control([p for _, p in sizes.values()]) if sizes else np.array([])
 
-    table = []
-    for (name, rows), q in zip(rows_of.items(), q_values, strict=True):
-        named = {guide for joined in set(guides[rows]) for guide in joined.split(GUIDE_JOIN) if guide}
-        genes = genes_of(name)
-        changes = [target.change(gene, rows, control) for gene in genes]
-        size, p = sizes[name]
-        table.append(
-            {
-                PERTURBATION: name,
-                N_PERTURBED_GENES: len(genes),
-                "n_cells": len(rows),
-                "n_guides": len(named),
-                "guides": GUIDE_JOIN.join(sorted(named)),
-                "target_measured": JOIN.join(str(change is not None) for change in changes),
-                "on_target_log2fc": JOIN.join("" if c is None else f"{c[0]:.6g}" for c in changes),
-                "on_target_p": JOIN.join("" if c is None else f"{c[1]:.6g}" for c in changes),
-                "effect_size": size,
-                "effect_p": p,
-                "effect_q": q,
-                "n_deg": degs[name],
-                "flag": JOIN.join(_flags(q, len(named), changes, kinds[rows[0]])),
-            }
-        )
-    return pd.DataFrame(table, columns=list(PERTURBATION_TABLE_COLUMNS))
+    def __init__(self, obs: pd.DataFrame, genes: pd.Index, settings: PreprocessSettings) -> None:
+        self._obs, self._settings = obs, settings
+        self._rows = group_by_label(obs[PERTURBATION])
+        self._control = self._rows.pop(CONTROL)
+        shape = (len(obs), len(genes))
+        self._target = TargetExpression(self._rows, self._control, genes, shape[0], settings)
+        self._changed = ChangedGenes(self._rows, self._control, shape)
+        self._components = Components(shape, settings.effect_components, settings.seed)
+
+    def add(self, first: int, expression: sparse.csr_matrix) -> None:
+        """Add the cells from ``first`` on, log-expression ``(some cells, genes)``, in order."""
+        self._target.add(first, expression)
+        self._components.add(first, expression)
+        self._changed.add(first, expression)
+
+    def describe(self, expression: RowBlocks) -> pd.DataFrame:
+        """Return the rows of perturbations.tsv, one per perturbation in sorted order, without the control.
+
+        For combinations, ``target_measured``, ``on_target_log2fc`` and ``on_target_p`` hold one value
+        per gene of the label, joined by ``;``, empty where the gene is not measured.
+
+        Parameters
+        ----------
+        expression
+            All cells that were added, to be read again.
+        """
+        settings = self._settings
+        self._changed.end_pass()
+        sample = {
+            name: _sample(rows, settings.effect_cells, settings.seed, name)
+            for name, rows in {**self._rows, CONTROL: self._control}.items()
+        }
+        scores = Scores(self._components, np.sort(np.concatenate(list(sample.values()))))
+        for first, block in expression.blocks():
+            scores.add(first, block)
+            self._changed.add(first, block)
+        self._changed.end_pass()
+        degs = self._changed.count(expression)
+        sizes = effect_sizes(scores, sample, settings)
+        q_values = false_discovery_control([p for _, p in sizes.values()]) if sizes else np.array([])
+        guides = self._obs[GUIDE_ID].astype(str).to_numpy()
+        kinds = self._obs[PERTURBATION_TYPE].astype(str).to_numpy()
+
+        table = []
+        for (name, rows), q in zip(self._rows.items(), q_values, strict=True):
+            named = {guide for joined in set(guides[rows]) for guide in joined.split(GUIDE_JOIN) if guide}
+            genes = genes_of(name)
+            changes = [self._target.change(gene, rows) for gene in genes]
+            size, p = sizes[name]
+            table.append(
+                {
+                    PERTURBATION: name,
+                    N_PERTURBED_GENES: len(genes),
+                    "n_cells": len(rows),
+                    "n_guides": len(named),
+                    "guides": GUIDE_JOIN.join(sorted(named)),
+                    "target_measured": JOIN.join(str(change is not None) for change in changes),
+                    "on_target_log2fc": JOIN.join("" if c is None else f"{c[0]:.6g}" for c in changes),
+                    "on_target_p": JOIN.join("" if c is None else f"{c[1]:.6g}" for c in changes),
+                    "effect_size": size,
+                    "effect_p": p,
+                    "effect_q": q,
+                    "n_deg": degs[name],
+                    "flag": JOIN.join(_flags(q, len(named), changes, kinds[rows[0]])),
+                }
+            )
+        return pd.DataFrame(table, columns=list(PERTURBATION_TABLE_COLUMNS))
+
+    def flag_cells(self, perturbations: pd.DataFrame) -> dict[str, np.ndarray]:
+        """Return flags of cells ``(cells,)``: perturbation without clear effect, guide that does not work.
+
+        A guide is judged by its target in cells of single perturbations by CRISPRi or CRISPRa; a
+        knock-out need not change the transcript. Cells with several guides carry the flag of any of them.
+        """
+        weak = set(perturbations.loc[perturbations["effect_q"] >= SIGNIFICANT, PERTURBATION])
+        labels = self._obs[PERTURBATION].astype(str)
+        guides = self._obs[GUIDE_ID].astype(str)
+        bad = weak_guides(self._obs, self._target)
+        by_guide = {joined: bool(bad & set(joined.split(GUIDE_JOIN))) for joined in guides.unique()}
+        return {
+            FLAG_WEAK: labels.isin(weak).to_numpy(),
+            FLAG_WEAK_GUIDE: guides.map(by_guide).to_numpy(dtype=bool),
+        }
+
+
+def group_by_label(labels: pd.Series) -> dict[str, np.ndarray]:
+    """Return each label, in sorted order, with its cells, sorted."""
+    codes, names = pd.factorize(labels.astype(str).to_numpy(dtype=object), sort=True)
+    ends = np.cumsum(np.bincount(codes, minlength=len(names)))
+    parts = np.split(np.argsort(codes, kind="stable"), ends[:-1])
+    return dict(zip(map(str, names), parts, strict=True))
 
 
 def _flags(q: float, n_guides: int, changes: list[tuple[float, float] | None], kind: str) -> list[str]:
@@ -101,51 +176,132 @@ def _flags(q: float, n_guides: int, changes: list[tuple[float, float] | None], k
 
 
 class TargetExpression:
-    """Expression of the perturbed genes that are measured.
+    """Expression of the perturbed genes that are measured, in the cells that carry them and in controls.
 
     Parameters
     ----------
-    cells
-        Log-normalized cells.
-    labels
-        Perturbations whose genes are wanted.
-    target_sum
-        Counts per cell of the normalization.
+    rows_of
+        Label to its cells; the genes of the labels are wanted.
+    control
+        Control cells.
+    genes
+        ``(genes,)`` symbols of the columns.
+    n_cells
+        All cells.
+    settings
+        ``target_sum`` of the normalization, and the seed.
     """
 
-    def __init__(self, cells: ad.AnnData, labels: Mapping[str, object], target_sum: float) -> None:
-        genes = sorted({gene for label in labels for gene in genes_of(label)} & set(cells.var_names))
-        columns = cells.var_names.get_indexer(genes)
-        self._column = {gene: number for number, gene in enumerate(genes)}
+    def __init__(
+        self,
+        rows_of: Mapping[str, np.ndarray],
+        control: np.ndarray,
+        genes: pd.Index,
+        n_cells: int,
+        settings: PreprocessSettings,
+    ) -> None:
+        targets = sorted({gene for label in rows_of for gene in genes_of(label)} & set(genes))
+        self._column = dict(zip(targets, genes.get_indexer(pd.Index(targets)).tolist(), strict=True))
         # On the scale of counts per 10,000, whatever the target sum.
-        self._values = sparse.csc_matrix(cells.X[:, columns].expm1(), dtype=np.float64) * (1e4 / target_sum)
+        self._scale = 1e4 / settings.target_sum
+        most = max((len(genes_of(label)) for label in rows_of), default=0)
+        # Column of each target of a cell, -1 where it has none or that one is not measured; then its value.
+        self._wanted = np.full((most, n_cells), -1, dtype=np.int32)
+        for label, rows in rows_of.items():
+            for place, gene in enumerate(genes_of(label)):
+                self._wanted[place, rows] = self._column.get(gene, -1)
+        self._own = np.zeros((most, n_cells), dtype=np.float32)
+        self._n_control = len(control)
+        self._is_control = np.zeros(n_cells, dtype=bool)
+        self._is_control[control] = True
+        self._total = np.zeros(len(genes))
+        self._detected = np.zeros(len(genes), dtype=np.int64)
+        self._reference = SampledRows(
+            _sample(control, TEST_CONTROLS, settings.seed, "on-target test"),
+            np.array(list(self._column.values()), dtype=np.int64),
+        )
+        self._place = {gene: number for number, gene in enumerate(self._column)}
+        self._sampled: sparse.csc_matrix | None = None
 
     def __contains__(self, gene: str) -> bool:
         """Tell whether a gene is measured."""
         return gene in self._column
 
-    def values(self, gene: str) -> np.ndarray:
-        """Return counts per 10,000 of a gene ``(cells,)``."""
-        return self._values[:, [self._column[gene]]].toarray().ravel()
+    def add(self, first: int, expression: sparse.csr_matrix) -> None:
+        """Add a block of cells."""
+        part = slice(first, first + expression.shape[0])
+        for wanted, own in zip(self._wanted[:, part], self._own[:, part], strict=True):
+            rows = np.flatnonzero(wanted >= 0)
+            if len(rows):
+                own[rows] = np.expm1(np.asarray(expression[rows, wanted[rows]])).ravel()
+        controls = expression[np.flatnonzero(self._is_control[part])]
+        np.add.at(self._total, controls.indices, np.expm1(controls.data).astype(np.float64))
+        self._detected += np.bincount(controls.indices, minlength=len(self._detected))
+        self._reference.add(first, expression)
 
-    def change(self, gene: str, rows: np.ndarray, control: np.ndarray) -> tuple[float, float] | None:
-        """Return log2 fold change of means per 10,000 and two-sided Mann–Whitney p; None if not measured."""
+    def change(self, gene: str, rows: np.ndarray) -> tuple[float, float] | None:
+        """Return log2 fold change of means per 10,000 and two-sided Mann–Whitney p; None if not measured.
+
+        Means are over all control cells, the test compares with at most ``TEST_CONTROLS`` of them.
+
+        Parameters
+        ----------
+        gene
+            A target of these cells.
+        rows
+            Cells of one label.
+        """
         if gene not in self:
             return None
-        values = self.values(gene)
-        perturbed, reference = values[rows], values[control]
-        log2fc = np.log2((perturbed.mean() + PSEUDO_CP10K) / (reference.mean() + PSEUDO_CP10K))
+        perturbed, reference = self._values(gene, rows), self._control_values(gene)
+        log2fc = self.log2fc(gene, rows)
         if perturbed.max() == perturbed.min() == reference.max() == reference.min():
-            return float(log2fc), 1.0
+            return log2fc, 1.0
         p = mannwhitneyu(perturbed, reference, alternative="two-sided", method="asymptotic").pvalue
-        return float(log2fc), float(p)
+        return log2fc, float(p)
+
+    def log2fc(self, gene: str, rows: np.ndarray) -> float:
+        """Return the log2 fold change of means per 10,000 of a target of these cells."""
+        control = self._total[self._column[gene]] / self._n_control * self._scale
+        return float(np.log2((self._values(gene, rows).mean() + PSEUDO_CP10K) / (control + PSEUDO_CP10K)))
+
+    def detected_in_control(self, gene: str) -> float:
+        """Return the share of the control cells in which a gene is detected."""
+        return self._detected[self._column[gene]] / self._n_control
+
+    def _values(self, gene: str, rows: np.ndarray) -> np.ndarray:
+        """Return counts per 10,000 of a target of some cells of one label ``(len(rows),)``."""
+        place = np.flatnonzero(self._wanted[:, rows[0]] == self._column[gene])[0]
+        return self._own[place, rows].astype(np.float64) * self._scale
+
+    def _control_values(self, gene: str) -> np.ndarray:
+        """Return counts per 10,000 of a target in the sampled control cells."""
+        if self._sampled is None:
+            sampled = self._reference.rows().expm1()
+            self._sampled = sparse.csc_matrix(sampled, dtype=np.float64) * self._scale
+        return self._sampled[:, [self._place[gene]]].toarray().ravel()
+
+
+class SampledRows:
+    """Some cells and genes of a matrix that comes in blocks; ``rows`` sorted."""
+
+    def __init__(self, rows: np.ndarray, columns: np.ndarray | None = None) -> None:
+        self._rows, self._columns = rows, columns
+        self._parts: list[sparse.csr_matrix] = []
+
+    def add(self, first: int, expression: sparse.csr_matrix) -> None:
+        """Add a block of cells."""
+        begin, end = np.searchsorted(self._rows, [first, first + expression.shape[0]])
+        part = expression[self._rows[begin:end] - first]
+        self._parts.append(part if self._columns is None else part[:, self._columns])
+
+    def rows(self) -> sparse.csr_matrix:
+        """Return what was sampled of the cells added."""
+        return sparse.csr_matrix(sparse.vstack(self._parts, format="csr"))
 
 
 def effect_sizes(
-    expression: sparse.csr_matrix,
-    rows_of: Mapping[str, np.ndarray],
-    control: np.ndarray,
-    settings: PreprocessSettings,
+    scores: Scores, sample: Mapping[str, np.ndarray], settings: PreprocessSettings
 ) -> dict[str, tuple[float, float]]:
     """Return energy distance to the control and its permutation p-value for each perturbation.
 
@@ -153,13 +309,12 @@ def effect_sizes(
     a side. Sampling and permutations depend on seed and name alone, so that one perturbation more
     does not change the others.
     """
-    scores = principal_components(expression, settings.effect_components, settings.seed)
-    reference = scores[_sample(control, settings.effect_cells, settings.seed, CONTROL)]
+    reference = scores.of(sample[CONTROL])
     found = {}
-    for name, rows in rows_of.items():
-        perturbed = scores[_sample(rows, settings.effect_cells, settings.seed, name)]
-        rng = np.random.default_rng([settings.seed, zlib.crc32(name.encode()), 1])
-        found[name] = energy_test(perturbed, reference, settings.permutations, rng)
+    for name, rows in sample.items():
+        if name != CONTROL:
+            rng = np.random.default_rng([settings.seed, zlib.crc32(name.encode()), 1])
+            found[name] = energy_test(scores.of(rows), reference, settings.permutations, rng)
     return found
 
 
@@ -171,21 +326,74 @@ def _sample(rows: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
     return np.sort(rng.choice(rows, most, replace=False))
 
 
-def principal_components(expression: sparse.csr_matrix, n_components: int, seed: int) -> np.ndarray:
-    """Return the leading principal components of log-expression ``(cells, components)``.
+class Components:
+    """Principal components of log-expression, from cells that come in blocks.
 
     They are fitted on the most variable genes and, in a large screen, on a sample of the cells.
+
+    Parameters
+    ----------
+    shape
+        Cells and genes.
+    n_components
+        Components at most.
+    seed
+        Of the sample.
     """
-    n_cells, n_genes = expression.shape
-    mean = np.asarray(expression.mean(axis=0)).ravel()
-    square = np.asarray(expression.multiply(expression).mean(axis=0)).ravel()
-    genes = np.sort(np.argsort(-(square - mean**2), kind="stable")[:PCA_GENES])
-    part = expression[:, genes] if len(genes) < n_genes else expression
-    fit_on = _sample(np.arange(n_cells), PCA_CELLS, seed, "principal components")
-    n_components = min(n_components, len(genes), len(fit_on) - 1)
-    pca = PCA(n_components, svd_solver="covariance_eigh").fit(part[fit_on].toarray().astype(np.float64))
-    shift = pca.mean_ @ pca.components_.T
-    return np.asarray(part @ pca.components_.T) - shift
+
+    def __init__(self, shape: tuple[int, int], n_components: int, seed: int) -> None:
+        self._n_cells, self._n_components = shape[0], n_components
+        self._total, self._square = np.zeros((2, shape[1]))
+        self._fit_on = SampledRows(_sample(np.arange(shape[0]), PCA_CELLS, seed, "principal components"))
+
+    def add(self, first: int, expression: sparse.csr_matrix) -> None:
+        """Add a block of cells."""
+        data = expression.data.astype(np.float64)
+        np.add.at(self._total, expression.indices, data)
+        np.add.at(self._square, expression.indices, data**2)
+        self._fit_on.add(first, expression)
+
+    def fit(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the genes used ``(used,)``, their components ``(components, used)`` and mean ``(used,)``."""
+        variance = self._square / self._n_cells - (self._total / self._n_cells) ** 2
+        genes = np.sort(np.argsort(-variance, kind="stable")[:PCA_GENES])
+        part = self._fit_on.rows()[:, genes]
+        n_components = min(self._n_components, len(genes), part.shape[0] - 1)
+        pca = PCA(n_components, svd_solver="covariance_eigh").fit(part.toarray().astype(np.float64))
+        return genes, pca.components_, pca.mean_
+
+
+class Scores:
+    """Scores of some cells in principal components; ``rows`` sorted, cells come in blocks."""
+
+    def __init__(self, components: Components, rows: np.ndarray) -> None:
+        self._genes, self._components, mean = components.fit()
+        self._shift = mean @ self._components.T
+        self._rows = rows
+        self._scores = np.empty((len(rows), len(self._components)))
+
+    def add(self, first: int, expression: sparse.csr_matrix) -> None:
+        """Add a block of cells."""
+        begin, end = np.searchsorted(self._rows, [first, first + expression.shape[0]])
+        part = expression[self._rows[begin:end] - first]
+        part = part if len(self._genes) == part.shape[1] else part[:, self._genes]
+        self._scores[begin:end] = np.asarray(part @ self._components.T) - self._shift
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the scores of some of the cells ``(len(rows), components)``."""
+        return self._scores[np.searchsorted(self._rows, rows)]
+
+
+def principal_components(expression: sparse.csr_matrix, n_components: int, seed: int) -> np.ndarray:
+    """Return the leading principal components of log-expression ``(cells, components)``, see `Components`."""
+    matrix, everything = CompressedRows.of(expression), np.arange(expression.shape[0])
+    components = Components(matrix.shape, n_components, seed)
+    for first, block in matrix.blocks():
+        components.add(first, block)
+    scores = Scores(components, everything)
+    for first, block in matrix.blocks():
+        scores.add(first, block)
+    return scores.of(everything)
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -230,76 +438,123 @@ def _energy_of_splits(points: np.ndarray, member: np.ndarray) -> np.ndarray:
     return 2 * between - within_x - within_y
 
 
-def count_changed_genes(
-    expression: sparse.csr_matrix, rows_of: Mapping[str, np.ndarray], control: np.ndarray
-) -> dict[str, int]:
+class ChangedGenes:
     """Count for each perturbation the genes with Benjamini–Hochberg adjusted p < 0.05.
 
     Welch's t on log-expression against all control cells, adjusted over the genes of one
     perturbation, with the variance of the perturbed cells taken to be no smaller than that of the
     control. Without that floor a rare gene that fifty cells miss by chance has variance 0 there and
     counts as changed.
+
+    Sums of ``MOMENTS_ENTRIES`` genes of perturbations are held at a time; as many passes over the cells
+    are made as that takes.
+
+    Parameters
+    ----------
+    rows_of
+        Label to its cells.
+    control
+        Control cells.
+    shape
+        Cells and genes.
     """
-    mean_c, sd_c, n_c = _moments(expression, control)
-    found = {}
-    for name, rows in rows_of.items():
-        mean, sd, n = _moments(expression, rows)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            p = ttest_ind_from_stats(mean, np.maximum(sd, sd_c), n, mean_c, sd_c, n_c, equal_var=False).pvalue
-        # A gene that varies in neither group has no t.
-        found[name] = int((false_discovery_control(np.nan_to_num(p, nan=1.0)) < SIGNIFICANT).sum())
-    return found
+
+    def __init__(
+        self, rows_of: Mapping[str, np.ndarray], control: np.ndarray, shape: tuple[int, int]
+    ) -> None:
+        self._names, self._n_genes = list(rows_of), shape[1]
+        self._n_cells = np.array([len(control), *(len(rows) for rows in rows_of.values())])
+        # Control is 0, labels follow; -1 is looked at never.
+        self._owner = np.full(shape[0], -1, dtype=np.int32)
+        for code, rows in enumerate((control, *rows_of.values())):
+            self._owner[rows] = code
+        self._reference: tuple[np.ndarray, np.ndarray, int] | None = None
+        self.found: dict[str, int] = {}
+        self._begin(0)
+
+    def _begin(self, first: int) -> None:
+        """Start a pass for the groups from ``first`` on."""
+        self._first = first
+        self._end = min(len(self._n_cells), first + max(2, MOMENTS_ENTRIES // self._n_genes))
+        size = max(self._end - first, 0) * self._n_genes
+        self._total, self._square = np.zeros(size), np.zeros(size)
+
+    @property
+    def done(self) -> bool:
+        """Whether all perturbations are counted."""
+        return self._first >= len(self._n_cells)
+
+    def add(self, first: int, expression: sparse.csr_matrix) -> None:
+        """Add a block of cells."""
+        owner = self._owner[first : first + expression.shape[0]]
+        wanted = (owner >= self._first) & (owner < self._end)
+        part = expression if wanted.all() else expression[np.flatnonzero(wanted)]
+        start = (owner[wanted] - self._first).astype(np.int64) * self._n_genes
+        place = np.repeat(start, np.diff(part.indptr)) + part.indices
+        data = part.data.astype(np.float64)
+        np.add.at(self._total, place, data)
+        np.add.at(self._square, place, data**2)
+
+    def end_pass(self) -> None:
+        """Count what the pass has summed, and begin with the next perturbations."""
+        if self.done:
+            return
+        for code in range(self._first, self._end):
+            at = slice((code - self._first) * self._n_genes, (code - self._first + 1) * self._n_genes)
+            moments = _moments(self._total[at], self._square[at], int(self._n_cells[code]))
+            if self._reference is None:
+                self._reference = moments
+            else:
+                self.found[self._names[code - 1]] = _significant_genes(moments, self._reference)
+        self._begin(self._end)
+
+    def count(self, expression: RowBlocks) -> dict[str, int]:
+        """Make the passes that are missing, and return the number of changed genes of each label."""
+        while not self.done:
+            for first, block in expression.blocks():
+                self.add(first, block)
+            self.end_pass()
+        return self.found
 
 
-def _moments(expression: sparse.csr_matrix, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return mean and standard deviation ``(genes,)`` of some cells, and their number."""
-    part = expression[rows].astype(np.float64)
-    n = len(rows)
-    mean = np.asarray(part.sum(axis=0)).ravel() / n
-    square = np.asarray(part.multiply(part).sum(axis=0)).ravel() / n
-    return mean, np.sqrt(np.maximum(square - mean**2, 0) * n / (n - 1)), n
+def count_changed_genes(
+    expression: sparse.csr_matrix, rows_of: Mapping[str, np.ndarray], control: np.ndarray
+) -> dict[str, int]:
+    """Count the changed genes of each label, see `ChangedGenes`."""
+    return ChangedGenes(rows_of, control, expression.shape).count(CompressedRows.of(expression))
 
 
-def cell_flags(
-    cells: ad.AnnData, perturbations: pd.DataFrame, settings: PreprocessSettings
-) -> dict[str, np.ndarray]:
-    """Return flags of cells ``(cells,)``: perturbation without clear effect, guide that does not work.
-
-    A guide is judged by its target in cells of single perturbations by CRISPRi or CRISPRa; a
-    knock-out need not change the transcript. Cells with several guides carry the flag of any of them.
-    """
-    weak = set(perturbations.loc[perturbations["effect_q"] >= SIGNIFICANT, PERTURBATION])
-    labels = cells.obs[PERTURBATION].astype(str)
-    guides = cells.obs[GUIDE_ID].astype(str)
-    bad = weak_guides(cells, settings.target_sum)
-    by_guide = {joined: bool(bad & set(joined.split(GUIDE_JOIN))) for joined in guides.unique()}
-    return {
-        FLAG_WEAK: labels.isin(weak).to_numpy(),
-        FLAG_WEAK_GUIDE: guides.map(by_guide).to_numpy(dtype=bool),
-    }
+def _moments(total: np.ndarray, square: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return mean and standard deviation ``(genes,)`` from sums over ``n`` cells, and ``n``."""
+    mean = total / n
+    return mean, np.sqrt(np.maximum(square / n - mean**2, 0) * n / (n - 1)), n
 
 
-def weak_guides(cells: ad.AnnData, target_sum: float) -> set[str]:
+def _significant_genes(
+    perturbed: tuple[np.ndarray, np.ndarray, int], control: tuple[np.ndarray, np.ndarray, int]
+) -> int:
+    """Count the genes that differ between two groups of cells, given by their moments."""
+    (mean, sd, n), (mean_c, sd_c, n_c) = perturbed, control
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = ttest_ind_from_stats(mean, np.maximum(sd, sd_c), n, mean_c, sd_c, n_c, equal_var=False).pvalue
+    # A gene that varies in neither group has no t.
+    return int((false_discovery_control(np.nan_to_num(p, nan=1.0)) < SIGNIFICANT).sum())
+
+
+def weak_guides(obs: pd.DataFrame, target: TargetExpression) -> set[str]:
     """Return the guides whose target hardly changes although enough transcripts were expected."""
-    obs = pd.DataFrame(
-        {name: cells.obs[name].astype(str) for name in (PERTURBATION, GUIDE_ID, PERTURBATION_TYPE)}
-    )
-    control = np.flatnonzero((obs[PERTURBATION] == CONTROL).to_numpy())
-    single = ((cells.obs[N_PERTURBED_GENES] == 1) & (obs[GUIDE_ID] != "")).to_numpy()
-    target = TargetExpression(cells, dict.fromkeys(obs[PERTURBATION].unique()), target_sum)
+    single = ((obs[N_PERTURBED_GENES] == 1) & (obs[GUIDE_ID] != "")).to_numpy()
+    names = [PERTURBATION, GUIDE_ID, PERTURBATION_TYPE]
+    numbered = pd.DataFrame({name: obs[name].astype(str) for name in names}).assign(row=np.arange(len(obs)))
     found = set()
-    numbered = obs.assign(row=np.arange(len(obs)))[single]
-    for (gene, guide, kind), group in numbered.groupby([PERTURBATION, GUIDE_ID, PERTURBATION_TYPE]):
+    for key, group in numbered[single].groupby(names):
+        gene, guide, kind = (str(part) for part in key)
         sign = EXPECTED_SIGN.get(kind, 0)
         if not sign or gene not in target or GUIDE_JOIN in guide:
             continue
-        rows = group["row"].to_numpy()
-        expected = np.mean(target.values(gene)[control] > 0) * len(rows)
-        change = target.change(gene, rows, control)
-        if (
-            expected >= MIN_EXPECTED_DETECTIONS
-            and change is not None
-            and sign * change[0] < WEAK_GUIDE_LOG2FC
-        ):
+        expected = target.detected_in_control(gene) * len(group)
+        if expected < MIN_EXPECTED_DETECTIONS:
+            continue
+        if sign * target.log2fc(gene, group["row"].to_numpy()) < WEAK_GUIDE_LOG2FC:
             found.add(guide)
     return found

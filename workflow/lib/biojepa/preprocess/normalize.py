@@ -30,6 +30,21 @@ def log_normalize(
     InputError
         When a library size is zero, negative or missing.
     """
+    library_size = require_library_sizes(library_size, where)
+    per_value = np.repeat(target_sum / library_size, np.diff(counts.indptr))
+    values = np.log1p(counts.data * per_value).astype(np.float32)
+    # Indices are shared with the counts: both matrices hold the same entries.
+    return sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
+
+
+def require_library_sizes(library_size: np.ndarray, where: str = "library_size") -> np.ndarray:
+    """Return library sizes ``(cells,)`` as float64.
+
+    Raises
+    ------
+    InputError
+        When one is zero, negative or missing.
+    """
     library_size = np.asarray(library_size, dtype=np.float64)
     wrong = ~(np.isfinite(library_size) & (library_size > 0))
     if wrong.any():
@@ -39,7 +54,4 @@ def log_normalize(
             "a positive number of UMIs",
             "set preprocess.min_counts to 1 or more, or correct `library_size_column`",
         )
-    per_value = np.repeat(target_sum / library_size, np.diff(counts.indptr))
-    values = np.log1p(counts.data * per_value).astype(np.float32)
-    # Indices are shared with the counts: both matrices hold the same entries.
-    return sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
+    return library_size

@@ -7,6 +7,7 @@ respond are only flagged, so that the truth of a held-out perturbation is never 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import anndata as ad
 import numpy as np
@@ -20,6 +21,7 @@ from biojepa.guides import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES
 from biojepa.labels import genes_of
 from biojepa.preprocess.annotate import N_GENES, PCT_MITO, STATUS, CellTable
 from biojepa.preprocess.settings import PreprocessSettings
+from biojepa.raw.read import RawScreen
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ DOUBLET_SCORE = "doublet_score"
 OFF = "off"
 # Scrublet needs neighbourhoods; below this a batch is left alone.
 MIN_CELLS_FOR_DOUBLETS = 100
+# Entries of the batches that are read together: 0.3 GB.
+BATCH_ENTRIES = 1 << 25
 # Most variable genes in which doublets are looked for.
 DOUBLET_GENES = 2_000
 
@@ -62,15 +66,13 @@ class Funnel:
         return pd.DataFrame(self.rows, columns=list(QC_COLUMNS))
 
 
-def filter_cells(
-    counts: sparse.csr_matrix, cells: CellTable, settings: PreprocessSettings, where: str
-) -> Funnel:
+def filter_cells(screen: RawScreen, cells: CellTable, settings: PreprocessSettings, where: str) -> Funnel:
     """Apply the filters of cells in order.
 
     Parameters
     ----------
-    counts
-        Raw counts ``(cells, genes)``.
+    screen
+        The counts, which only doublets are looked for in.
     cells
         What is known about the cells; ``doublet_score`` is added where it is computed.
     settings
@@ -105,7 +107,7 @@ def filter_cells(
     else:
         funnel.drop("max_pct_mito", f"≤ {settings.max_pct_mito:g} %", mito > settings.max_pct_mito)
     _filter_by_mad(funnel, obs, settings.mad_threshold, no_mito)
-    _filter_doublets(funnel, counts, obs, settings)
+    _filter_doublets(funnel, screen, obs, settings)
     _filter_small_perturbations(funnel, obs[PERTURBATION], settings.min_cells_per_perturbation, where)
     return funnel
 
@@ -149,8 +151,9 @@ def mad_outliers(
     """
     among = np.ones(values.size, dtype=bool) if among is None else among
     outlier = np.zeros(values.size, dtype=bool)
-    for batch in pd.unique(batches):
-        here = batches == batch
+    codes, names = pd.factorize(batches)
+    for code in range(len(names)):
+        here = codes == code
         basis = values[here & among & np.isfinite(values)]
         if not basis.size:
             continue
@@ -164,7 +167,7 @@ def mad_outliers(
 
 
 def _filter_doublets(
-    funnel: Funnel, counts: sparse.csr_matrix, obs: pd.DataFrame, settings: PreprocessSettings
+    funnel: Funnel, screen: RawScreen, obs: pd.DataFrame, settings: PreprocessSettings
 ) -> None:
     """Drop doublets by Scrublet, each batch on its own, because doublets form within one."""
     if settings.doublets == "none":
@@ -173,12 +176,11 @@ def _filter_doublets(
     score = np.full(len(obs), np.nan)
     doublet = np.zeros(len(obs), dtype=bool)
     notes = []
-    for batch in pd.unique(obs[BATCH]):
-        rows = np.flatnonzero((obs[BATCH] == batch).to_numpy() & funnel.keep)
+    for batch, rows, counts in _batches(screen, obs, funnel.keep):
         if len(rows) < MIN_CELLS_FOR_DOUBLETS:
             notes.append(f"batch {batch} left alone ({len(rows)} cells)")
             continue
-        score[rows], called = scrublet_scores(counts[rows], settings.doublet_threshold, settings.seed)
+        score[rows], called = scrublet_scores(counts, settings.doublet_threshold, settings.seed)
         if called is None:
             notes.append(f"no threshold found in batch {batch}")
         else:
@@ -187,6 +189,28 @@ def _filter_doublets(
     limit = settings.doublet_threshold
     rule = "scrublet, automatic" if limit is None else f"scrublet ≤ {limit:g}"
     funnel.drop("doublets", rule, doublet, "; ".join(notes))
+
+
+def _batches(
+    screen: RawScreen, obs: pd.DataFrame, keep: np.ndarray
+) -> Iterator[tuple[str, np.ndarray, sparse.csr_matrix]]:
+    """Yield each batch, its kept cells and their counts of genes.
+
+    As many batches as fit ``BATCH_ENTRIES`` are read in one pass; one that is larger is read by itself.
+    """
+    codes, names = pd.factorize(obs[BATCH].to_numpy())
+    rows_of = [np.flatnonzero((codes == code) & keep) for code in range(len(names))]
+    entries = [int(obs[N_GENES].to_numpy()[rows].sum(dtype=np.int64)) for rows in rows_of]
+    first = 0
+    while first < len(names):
+        end, total = first + 1, entries[first]
+        while end < len(names) and total + entries[end] <= BATCH_ENTRIES:
+            end, total = end + 1, total + entries[end]
+        together = np.sort(np.concatenate(rows_of[first:end]))
+        counts = screen.take(together)
+        for code in range(first, end):
+            yield names[code], rows_of[code], counts[np.searchsorted(together, rows_of[code])]
+        first = end
 
 
 def scrublet_scores(
@@ -267,15 +291,24 @@ def _filter_small_perturbations(funnel: Funnel, labels: pd.Series, min_cells: in
     funnel.drop("min_cells_per_perturbation", f"≥ {min_cells} cells", labels.isin(small).to_numpy(), note)
 
 
-def filter_genes(counts: sparse.csr_matrix, min_cells: int, funnel: Funnel, where: str) -> np.ndarray:
-    """Return which genes ``(genes,)`` are detected in enough of ``counts`` ``(cells left, genes)``.
+def count_detected(screen: RawScreen, keep: np.ndarray) -> np.ndarray:
+    """Count for each gene ``(genes,)`` the kept cells in which it is detected, in one pass."""
+    detected = np.zeros(len(screen.var), dtype=np.int64)
+    for first, genes, _ in screen.blocks(keep):
+        kept = keep[first : first + genes.shape[0]]
+        indices = genes.indices if kept.all() else genes[np.flatnonzero(kept)].indices
+        detected += np.bincount(indices, minlength=len(detected))
+    return detected
+
+
+def filter_genes(detected: np.ndarray, min_cells: int, funnel: Funnel, where: str) -> np.ndarray:
+    """Return which genes ``(genes,)`` are ``detected`` ``(genes,)`` in enough of the cells left.
 
     Raises
     ------
     InputError
         When no gene is.
     """
-    detected = np.bincount(counts.indices, minlength=counts.shape[1])
     keep = detected >= min_cells
     if not keep.any():
         raise InputError(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import anndata as ad
 import numpy as np
@@ -24,7 +25,7 @@ from biojepa.contracts import (
     PERTURBATION,
     PERTURBATION_TYPE,
 )
-from biojepa.files import atomic_path, write_tsv
+from biojepa.files import write_tsv
 from biojepa.preprocess.annotate import (
     GUIDE_SHARE,
     GUIDE_UMIS,
@@ -33,11 +34,12 @@ from biojepa.preprocess.annotate import (
     PCT_MITO,
     annotate_cells,
 )
-from biojepa.preprocess.effects import cell_flags, describe_perturbations
-from biojepa.preprocess.normalize import log_normalize
-from biojepa.preprocess.quality import DOUBLET_SCORE, filter_cells, filter_genes
+from biojepa.preprocess.effects import Effects
+from biojepa.preprocess.normalize import log_normalize, require_library_sizes
+from biojepa.preprocess.quality import DOUBLET_SCORE, count_detected, filter_cells, filter_genes
 from biojepa.preprocess.settings import PreprocessSettings
-from biojepa.raw.read import NOTES
+from biojepa.preprocess.store import cells_file
+from biojepa.raw.read import RawScreen, open_screen
 from biojepa.raw.source import ScreenSource
 
 QC_OBS = (N_COUNTS, N_GENES, PCT_MITO, DOUBLET_SCORE, GUIDE_UMIS, GUIDE_SHARE)
@@ -64,17 +66,17 @@ class Preprocessed:
 
 
 def preprocess_screen(
-    screen: ad.AnnData,
+    screen: ad.AnnData | RawScreen,
     source: ScreenSource,
     settings: PreprocessSettings,
     inputs: Mapping[str, str] | None = None,
 ) -> Preprocessed:
-    """Label, filter, normalize and describe a screen.
+    """Label, filter, normalize and describe a screen, and return its cells in memory.
 
     Parameters
     ----------
     screen
-        Raw counts, from :func:`biojepa.raw.read_screen`.
+        Raw counts, from :func:`biojepa.raw.read_screen` or :func:`biojepa.raw.open_screen`.
     source
         What its columns mean.
     settings
@@ -87,26 +89,77 @@ def preprocess_screen(
     InputError
         When columns, controls or cells are missing, or a filter leaves too little.
     """
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "cells.h5ad"
+        qc, perturbations = write_cells(screen, source, settings, path, inputs)
+        return Preprocessed(ad.read_h5ad(path), qc, perturbations)
+
+
+def write_cells(
+    screen: ad.AnnData | RawScreen,
+    source: ScreenSource,
+    settings: PreprocessSettings,
+    path: str | Path,
+    inputs: Mapping[str, str] | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Label, filter, normalize and describe a screen of any size, and write ``cells.h5ad``.
+
+    The counts are read three times, in blocks of cells: for sums over the genes of each cell, for the cells
+    of each gene, and to be written; what is written is read once more, for principal components. Memory holds
+    a block, tables of cells, and what effects need, see :mod:`biojepa.preprocess.effects`. No result
+    depends on the size of the blocks.
+
+    Parameters
+    ----------
+    screen, source, settings, inputs
+        As in :func:`preprocess_screen`.
+    path
+        Where to write; the file appears when it is whole.
+
+    Returns
+    -------
+    Rows of qc.tsv and of perturbations.tsv.
+
+    Raises
+    ------
+    InputError
+        As :func:`preprocess_screen`.
+    """
+    screen = RawScreen.of(screen) if isinstance(screen, ad.AnnData) else screen
     where = source.path or source.dataset
     table = annotate_cells(screen, source, settings.guide_assignment)
-    funnel = filter_cells(screen.X, table, settings, where)
-    rows = np.flatnonzero(funnel.keep)
-    counts = screen.X[rows]
-    genes = np.flatnonzero(filter_genes(counts, settings.min_cells_per_gene, funnel, where))
-    counts = sparse.csr_matrix(counts[:, genes])
-    counts.sort_indices()
+    funnel = filter_cells(screen, table, settings, where)
+    detected = count_detected(screen, funnel.keep)
+    genes = np.flatnonzero(filter_genes(detected, settings.min_cells_per_gene, funnel, where))
 
-    obs = _contract_obs(table.obs.iloc[rows])
-    normalized = log_normalize(counts, obs[LIBRARY_SIZE].to_numpy(), settings.target_sum, where)
-    cells = ad.AnnData(
-        X=normalized, obs=obs, var=screen.var.iloc[genes].copy(), layers={COUNTS_LAYER: counts}
-    )
-    perturbations = describe_perturbations(cells, settings)
-    for name, flag in cell_flags(cells, perturbations, settings).items():
-        cells.obs[name] = flag
-    notes = [str(note) for note in screen.uns.get(NOTES, [])]
-    cells.uns["provenance"] = provenance(source, settings, inputs or {}, notes)
-    return Preprocessed(cells, funnel.table(), perturbations)
+    obs = _contract_obs(table.obs.iloc[np.flatnonzero(funnel.keep)])
+    var = screen.var.iloc[genes].copy()
+    size = require_library_sizes(obs[LIBRARY_SIZE].to_numpy(), where)
+    effects = Effects(obs, var.index, settings)
+    with cells_file(path, (len(obs), len(var)), int(detected[genes].sum())) as file:
+        first = 0
+        for counts in _kept(screen, funnel.keep, genes):
+            part = slice(first, first + counts.shape[0])
+            expression = log_normalize(counts, size[part], settings.target_sum, where)
+            file.append(expression, counts)
+            effects.add(first, expression)
+            first = part.stop
+        perturbations = effects.describe(file.expression())
+        for name, flag in effects.flag_cells(perturbations).items():
+            obs[name] = flag
+        uns = {"provenance": provenance(source, settings, inputs or {}, screen.notes)}
+        file.finish(obs, var, uns)
+    return funnel.table(), perturbations
+
+
+def _kept(screen: RawScreen, keep: np.ndarray, genes: np.ndarray) -> Iterator[sparse.csr_matrix]:
+    """Yield the counts of kept cells and genes in blocks, canonical CSR float32."""
+    for first, block, _ in screen.blocks(keep):
+        kept = keep[first : first + block.shape[0]]
+        counts = block if kept.all() else block[np.flatnonzero(kept)]
+        counts = counts if len(genes) == block.shape[1] else counts[:, genes]
+        counts.sort_indices()
+        yield counts
 
 
 def _contract_obs(obs: pd.DataFrame) -> pd.DataFrame:
@@ -145,8 +198,30 @@ def write_preprocessed(
     result: Preprocessed, cells: str | Path, qc: str | Path, perturbations: str | Path
 ) -> None:
     """Write cells.h5ad, qc.tsv and perturbations.tsv; the same result gives the same bytes."""
-    with atomic_path(cells) as temporary:
-        # Level 1: a third of the size of level 0 at a tenth of the time of the default.
-        result.cells.write_h5ad(temporary, compression="gzip", compression_opts=1)
+    counts = sparse.csr_matrix(result.cells.layers[COUNTS_LAYER])
+    with cells_file(cells, counts.shape, counts.nnz) as file:
+        file.append(sparse.csr_matrix(result.cells.X), counts)
+        file.expression()
+        file.finish(result.cells.obs, result.cells.var, dict(result.cells.uns))
     write_tsv(result.qc, qc)
     write_tsv(result.perturbations, perturbations)
+
+
+def preprocess_file(
+    source: ScreenSource,
+    settings: PreprocessSettings,
+    cells: str | Path,
+    qc: str | Path,
+    perturbations: str | Path,
+    inputs: Mapping[str, str] | None = None,
+) -> None:
+    """Preprocess the screen that ``source`` names, whatever its size, and write its three files.
+
+    Temporary files, where a matrix has to be put into rows, lie beside ``cells`` and are removed.
+    """
+    folder = Path(cells).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_screen(source, folder) as screen:
+        filters, described = write_cells(screen, source, settings, cells, inputs)
+    write_tsv(filters, qc)
+    write_tsv(described, perturbations)
