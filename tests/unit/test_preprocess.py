@@ -37,6 +37,7 @@ from biojepa.preprocess.effects import (
     energy_test,
     group_by_label,
     principal_components,
+    rank_test,
 )
 from biojepa.preprocess.normalize import log_normalize
 from biojepa.preprocess.quality import mad_outliers
@@ -505,6 +506,23 @@ def test_few_controls_stand_for_all_in_the_rank_test_and_all_count_in_the_means(
     assert p > 1e6 * stats.mannwhitneyu(perturbed, scaled[control, 0], method="asymptotic").pvalue
     assert target.change("G9", rows_of["G0"]) is None
     assert target.detected_in_control("G0") == np.mean(scaled[control, 0] > 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_rank_test_agrees_with_scipy(seed):
+    rng = np.random.default_rng(seed)
+    mean = rng.uniform(0.05, 3)
+    x = rng.poisson(mean * rng.choice([0.5, 1, 2]), rng.integers(2, 80)).astype(float)
+    y = rng.poisson(mean, rng.integers(2, 300)).astype(float)
+    if seed % 2:  # no ties but the zeros
+        x, y = x * rng.uniform(0.9, 1.1, len(x)), y * rng.uniform(0.9, 1.1, len(y))
+    expected = stats.mannwhitneyu(x, y, alternative="two-sided", method="asymptotic").pvalue
+    assert rank_test(x, y[y > 0], len(y)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_rank_test_of_equal_values_is_1():
+    assert rank_test(np.zeros(4), np.array([]), 5) == 1.0
+    assert rank_test(np.full(4, 2.0), np.full(5, 2.0), 5) == 1.0
 
 
 def test_cells_are_grouped_by_label():
