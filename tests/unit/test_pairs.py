@@ -16,6 +16,7 @@ from scipy import sparse
 from training_case import KnownEffects, pairs_of
 
 from biojepa import pairing
+from biojepa import pairs as pairs_module
 from biojepa.contracts import SET, TEST, TRAIN, VAL
 from biojepa.errors import InputError
 from biojepa.files import sha256_of
@@ -295,10 +296,36 @@ def test_reading_in_blocks_covers_every_row_once(built):
         ]
         assert [first for first, *_ in blocks] == [0, 50, 100, 150, 200]
         np.testing.assert_array_equal(sparse.vstack(parts).toarray(), screen.X)
+        few = list(rows_of_matrix(file["X"], block=50, entries=200))
+        assert max(len(data) for _, data, _, _ in few) <= 200 < len(blocks[0][1])
+        np.testing.assert_array_equal(np.concatenate([data for _, data, _, _ in few]), file["X/data"][:])
+        single = list(rows_of_matrix(file["X"], entries=1))
+        assert [first for first, *_ in single] == list(range(204))
         keep = screen.labels == "G4"
         mean, variance = gene_moments(file["X"], keep, 40)
     np.testing.assert_allclose(mean, screen.X[keep].mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(variance, screen.X[keep].astype(float).var(axis=0), rtol=1e-5, atol=1e-9)
+
+
+def test_nothing_in_the_file_depends_on_the_size_of_the_blocks(screen, monkeypatch):
+    whole = screen.build()
+    original = pairs_module.rows_of_matrix
+    cut = []
+
+    def in_tiny_blocks(matrix, *_, **__):
+        for block in original(matrix, block=7, entries=100):
+            cut.append(block[0])
+            yield block
+
+    monkeypatch.setattr(pairs_module, "rows_of_matrix", in_tiny_blocks)
+    assert same(whole, screen.build("again.h5"))
+    assert len(set(cut)) > 204 / 7
+    keep = screen.labels != "G4"
+    with h5py.File(screen.cells) as file:
+        tiny = gene_moments(file["X"], keep, 40)
+        monkeypatch.undo()
+        for one, other in zip(tiny, gene_moments(file["X"], keep, 40), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_gene_selection_agrees_with_a_second_formula():

@@ -266,8 +266,8 @@ def build_pairs(
             raise InputError(
                 cells_path, "no control cell", f"cells labelled {CONTROL}", "rerun the preprocess stage"
             )
-        training = np.isin(label, [*labels_in(split, TRAIN), CONTROL])
-        keep = np.isin(label, [*labels_in(split, TRAIN, VAL), CONTROL])
+        training = _carries(label, [*labels_in(split, TRAIN), CONTROL])
+        keep = _carries(label, [*labels_in(split, TRAIN, VAL), CONTROL])
         refuse_held_out(label[training], split, (TRAIN,), "gene selection")
         refuse_held_out(label[keep], split, (TRAIN, VAL), "pairs.h5")
 
@@ -345,6 +345,11 @@ def build_pairs(
             "no prior source covers %d held-out gene(s), %s: %s", len(unknown), AVERAGE, ", ".join(unknown)
         )
     return covered
+
+
+def _carries(label: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Tell which cells ``(cells,)`` carry one of some labels, however many these are."""
+    return pd.Series(label).isin(names).to_numpy()
 
 
 def _origins(sources: Sequence[PriorSource]) -> str:

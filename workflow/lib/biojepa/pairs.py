@@ -22,6 +22,7 @@ from biojepa.splits import LeakageError
 
 CONTROL_CODE = -1
 BLOCK = 4096
+BLOCK_ENTRIES = 1 << 24
 FORMAT_VERSION = 2
 
 
@@ -226,14 +227,22 @@ def multi_hot(labels: Sequence[str], genes: Sequence[str]) -> np.ndarray:
 
 
 def rows_of_matrix(
-    matrix: h5py.Group, block: int = BLOCK
+    matrix: h5py.Group, block: int = BLOCK, entries: int = BLOCK_ENTRIES
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """Read a CSR group of an ``.h5ad`` in blocks of rows: first row, data, indices, local indptr."""
+    """Read a CSR group of an ``.h5ad`` in blocks of rows: first row, data, indices, local indptr.
+
+    A block has at most ``block`` rows and, unless one row alone has more, at most ``entries`` entries, which
+    bounds memory where cells express many genes.
+    """
     indptr = matrix["indptr"][:]
-    for first in range(0, len(indptr) - 1, block):
-        bounds = indptr[first : first + block + 1]
+    first = 0
+    while first < len(indptr) - 1:
+        full = int(np.searchsorted(indptr, indptr[first] + entries, side="right")) - 1
+        end = min(first + block, max(full, first + 1), len(indptr) - 1)
+        bounds = indptr[first : end + 1]
         span = slice(int(bounds[0]), int(bounds[-1]))
         yield first, matrix["data"][span], matrix["indices"][span], bounds - bounds[0]
+        first = end
 
 
 def gene_moments(matrix: h5py.Group, keep: np.ndarray, n_genes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -246,7 +255,8 @@ def gene_moments_of_groups(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Mean and variance of each gene over several groups of cells, which may overlap, in one pass.
 
-    Sums are taken in the same order whatever the other groups are, so that they agree to the last digit.
+    Sums are taken in the order of the cells, whatever the other groups and the blocks are, so that they
+    agree to the last digit.
 
     Parameters
     ----------
@@ -261,9 +271,9 @@ def gene_moments_of_groups(
     for first, data, indices, indptr in rows_of_matrix(matrix):
         for place, keep in enumerate(groups):
             wanted = np.repeat(keep[first : first + len(indptr) - 1], np.diff(indptr))
-            values = data[wanted].astype(np.float64)
-            totals[place] += np.bincount(indices[wanted], weights=values, minlength=n_genes)
-            squares[place] += np.bincount(indices[wanted], weights=values**2, minlength=n_genes)
+            values, genes = data[wanted].astype(np.float64), indices[wanted]
+            np.add.at(totals[place], genes, values)
+            np.add.at(squares[place], genes, values**2)
     moments = []
     for keep, total, square in zip(groups, totals, squares, strict=True):
         n = max(int(keep.sum()), 1)
