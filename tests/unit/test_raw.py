@@ -169,6 +169,16 @@ def test_a_matrix_whose_parts_disagree_is_refused(tmp_path, part, values, messag
         read_screen(source)
 
 
+def test_a_matrix_whose_shape_disagrees_with_its_tables_is_refused(tmp_path):
+    source = write(screen(), tmp_path)
+    with h5py.File(source.path, "a") as file:
+        del file["X"]
+        file["X"] = COUNTS[:2].astype(np.float32)
+    message = r"a matrix of 2 cells × 4 features, and tables of 3 cells and 4 features"
+    with pytest.raises(InputError, match=message):
+        read_screen(source)
+
+
 def test_a_column_matrix_with_an_entry_outside_is_refused(tmp_path):
     adata = screen()
     adata.X = sparse.csc_matrix(COUNTS, dtype=np.float32)

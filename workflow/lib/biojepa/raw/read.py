@@ -194,6 +194,14 @@ def open_screen(
                 "at least one cell and one gene",
                 "use another file",
             )
+        if counts.shape != (len(obs), len(var)):
+            raise InputError(
+                path,
+                f"a matrix of {counts.shape[0]} cells × {counts.shape[1]} features, "
+                f"and tables of {len(obs)} cells and {len(var)} features",
+                "as many of each",
+                "the file is damaged: fetch it again",
+            )
         obs = _with_unique_barcodes(obs, source, notes)
         if source.cell_metadata:
             table = read_cell_metadata(source.cell_metadata, list(obs.index))
