@@ -36,7 +36,7 @@ class PreprocessSettings:
     min_cells_per_gene
         Genes detected in fewer of the cells that are left are dropped.
     doublets
-        ``none`` or ``scrublet`` (per batch; about 10 s per 10,000 cells).
+        ``none`` or ``scrublet`` (per batch, which has to fit memory; about 10 s per 10,000 cells).
     doublet_threshold
         Scrublet score from which a cell is a doublet. None: chosen by Scrublet, needs scikit-image.
     guide_assignment
