@@ -79,11 +79,15 @@ def test_dominance_agrees_with_a_dense_computation():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "mixture"}, r"guide_assignment\.method.*'mixture'.*dominance or threshold"),
+        ({"method": "top"}, r"guide_assignment\.method.*'top'.*dominance, threshold or mixture"),
         ({"min_share": 0.0}, "0 < min_share"),
         ({"min_share": 1.5}, "0 < min_share"),
         ({"min_umis": 0}, "min_umis ≥ 1"),
+        ({"min_share": float("nan")}, "0 < min_share"),
+        ({"method": "mixture", "min_share": -0.1}, "0 ≤ min_share"),
         ({"max_guides": 0}, "max_guides ≥ 1"),
+        ({"min_posterior": 1.0}, r"guide_assignment\.min_posterior: found 1\.0.*0 < min_posterior < 1"),
+        ({"min_posterior": float("nan")}, "0 < min_posterior < 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
