@@ -10,7 +10,8 @@ count of 1 or more:
   their logarithms. A cell's share of the ambient RNA varies, and a Poisson has too thin a tail for
   that. This variation belongs to the cells, so its dispersion is one number for all guides, chosen
   from ``DISPERSIONS`` by likelihood; 0 is the Poisson distribution.
-- The Gaussian density at log2 k is multiplied by log2((k + ½) / (k − ½)), the interval of the count k.
+- The count of a carried guide is a rounded log-normal: a count k has the probability that the Gaussian
+  gives to log2(k − ½) … log2(k + ½), and cells that carry the guide without a UMI of it are allowed for.
 
 A negative binomial was not taken for the carried guides: the spread of their counts is that of a
 log-normal, for which it would need its mode at zero, on top of the background.
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from scipy.special import gammaln
+from scipy.special import expit, gammaln, log_ndtr, ndtr
 from scipy.stats import nbinom, norm, poisson
 
 from biojepa.errors import InputError
@@ -35,20 +36,27 @@ from biojepa.errors import InputError
 DISPERSIONS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 # At most so many guides choose among them, evenly spaced.
 GUIDES_FOR_DISPERSION = 200
-# A carried guide has 2 UMIs or more in the middle, and a spread of half a doubling or more. Below, the
-# interval of a count is wide against the Gaussian, whose masses would no longer sum to about 1.
+# A carried guide has 2 UMIs or more in the middle, and a spread of half a doubling or more: a Gaussian
+# inside the interval of one or two counts would describe those counts and no cells.
 LOWEST_LOG2_MEAN, LOWEST_LOG2_SD = 1.0, 0.5
+# log2 of the count below which no UMI is left after rounding.
+LOG2_OF_NONE = -1.0
+# From this count on, the Gaussian is taken to be even over the interval of a count.
+EVEN_FROM = 32
 # Counts from which a cell carries the guide at the start of a fit; the most likely end is kept.
 STARTS = (3, 10, 30)
-# Iterations by which the starts are compared, and at most.
-STEPS_OF_A_START, MOST_STEPS = 30, 2_000
-# A fit has converged when an iteration adds less than this to its log-likelihood.
+# Cycles of iterations by which starts are compared, by which dispersions are, and at most.
+CYCLES_OF_A_START, CYCLES_OF_A_DISPERSION, MOST_CYCLES = 5, 25, 500
+# A fit has converged when a cycle adds less than this to its log-likelihood.
 TOLERANCE = 1e-6
 # Fewer cells that carry a guide do not say what the counts of such cells look like.
 MIN_CELLS = 10
 # Entries of a matrix that are looked at together.
 BLOCK = 1 << 22
-SMALLEST_MEAN = 1e-6
+SMALLEST_MEAN, SMALLEST_WEIGHT = 1e-6, 1e-9
+# Below, the difference of two probabilities has lost its digits.
+SMALLEST_MASS = 1e-250
+LOG_ROOT_TWO_PI = 0.5 * float(np.log(2 * np.pi))
 
 # Where a guide has no carried cells to learn from, its background alone may reach the threshold in at
 # most this share of the cells that have any of it.
@@ -118,21 +126,15 @@ def count_histograms(counts: sparse.csr_matrix) -> CountHistograms:
         When a count is negative or not a whole number.
     """
     n_guides = counts.shape[1]
+    blocks = [slice(first, first + BLOCK) for first in range(0, counts.nnz, BLOCK)]
+    for block in blocks:
+        _require_whole_numbers(counts.data[block])
     largest = int(counts.data.max()) if counts.nnz else 0
     keys, numbers = [], []
-    for first in range(0, counts.nnz, BLOCK):
-        value = counts.data[first : first + BLOCK]
-        # Written so that NaN fails as well.
-        wrong = np.flatnonzero(~((value >= 0) & (value == np.rint(value))))
-        if len(wrong):
-            raise InputError(
-                "guide counts",
-                f"{value[wrong[0]]} ({len(wrong)} such values)",
-                "UMI counts, whole numbers of 0 or more",
-                "give raw counts of the guides; the mixture cannot be fitted to normalized ones",
-            )
+    for block in blocks:
+        value = counts.data[block]
         seen = value > 0
-        key = counts.indices[first : first + BLOCK][seen].astype(np.int64) * (largest + 1)
+        key = counts.indices[block][seen].astype(np.int64) * (largest + 1)
         found, number = np.unique(key + value[seen].astype(np.int64), return_counts=True)
         keys.append(found)
         numbers.append(number)
@@ -142,6 +144,18 @@ def count_histograms(counts: sparse.csr_matrix) -> CountHistograms:
     cells = np.bincount(group, weights=np.concatenate(numbers), minlength=len(key))
     start = np.searchsorted(key, np.arange(n_guides + 1) * (largest + 1))
     return CountHistograms(start, (key % (largest + 1)).astype(np.float64), cells)
+
+
+def _require_whole_numbers(values: np.ndarray) -> None:
+    # Written so that NaN fails as well.
+    wrong = np.flatnonzero(~((values >= 0) & (values == np.rint(values))))
+    if len(wrong):
+        raise InputError(
+            "guide counts",
+            f"{values[wrong[0]]} ({len(wrong)} such values)",
+            "UMI counts, whole numbers of 0 or more",
+            "give raw counts of the guides; the mixture cannot be fitted to normalized ones",
+        )
 
 
 @dataclass(frozen=True)
@@ -191,9 +205,25 @@ def log_background(value: np.ndarray, mean: np.ndarray, dispersion: float) -> np
 
 def log_signal(value: np.ndarray, log2_mean: np.ndarray, log2_sd: np.ndarray) -> np.ndarray:
     """Return the log probability of counts of 1 or more in cells that carry the guide, any shape."""
-    width = np.log2((value + 0.5) / (value - 0.5))
+    low, high = np.log2(value - 0.5), np.log2(value + 0.5)
     score = (np.log2(value) - log2_mean) / log2_sd
-    return np.log(width) - 0.5 * score**2 - np.log(log2_sd) - 0.5 * np.log(2 * np.pi)
+    even = np.log(high - low) - np.log(log2_sd) - 0.5 * score**2 - LOG_ROOT_TWO_PI
+    mass = normal_interval((low - log2_mean) / log2_sd, (high - log2_mean) / log2_sd)
+    exact = (value < EVEN_FROM) & (mass > SMALLEST_MASS)
+    log_mass = np.where(exact, np.log(np.maximum(mass, SMALLEST_MASS)), even)
+    return log_mass - log_ndtr((log2_mean - LOG2_OF_NONE) / log2_sd)
+
+
+def normal_interval(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the probability of ``low`` to ``high`` under the standard normal distribution, any shape."""
+    # In the lower tail, where the difference of two small numbers keeps its digits.
+    flipped = low > 0
+    return ndtr(np.where(flipped, -low, high)) - ndtr(np.where(flipped, -high, low))
+
+
+def normal_density(score: np.ndarray) -> np.ndarray:
+    """Return the density of the standard normal distribution, any shape."""
+    return np.exp(-0.5 * score * score - LOG_ROOT_TWO_PI)
 
 
 def background_mean(mean_of_positive: np.ndarray, dispersion: float) -> np.ndarray:
@@ -230,11 +260,15 @@ class _Likelihood:
         self.value, self.cells, self.log2 = value, histograms.cells, np.log2(value)
         self.guide = histograms.guide
         self.n_cells = self.sum(self.cells)
-        # The parts of the two log probabilities that depend on nothing but the count: they are those
-        # at a mean, or a Gaussian, whose other parts are known.
-        self._background = log_background(value, np.ones(()), dispersion)
-        self._background -= self._level(np.ones(())) + value * self._slope(np.ones(()))
-        self._signal = log_signal(value, self.log2, np.ones(()))
+        # The part of the background's log probability that depends on nothing but the count: what it is
+        # at a mean of 1, less the other parts at that mean.
+        one = np.ones(())
+        self._background = log_background(value, one, dispersion) - self._level(one)
+        self._background -= value * self._slope(one)
+        low, high = np.log2(value - 0.5), np.log2(value + 0.5)
+        self._width = np.log(high - low) - LOG_ROOT_TWO_PI
+        self._small = np.flatnonzero(value < EVEN_FROM)
+        self._low, self._high = low[self._small], high[self._small]
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Sum values of entries ``(entries,)`` over each guide ``(guides,)``."""
@@ -257,7 +291,12 @@ class _Likelihood:
         level = np.log1p(-weight) + self._level(mean)
         background = self._background + self.value * self._slope(mean)[self.guide] + level[self.guide]
         score = (self.log2 - log2_mean[self.guide]) / log2_sd[self.guide]
-        signal = self._signal - 0.5 * score * score + (np.log(weight) - np.log(log2_sd))[self.guide]
+        signal = self._width - 0.5 * score * score - np.log(log2_sd)[self.guide]
+        mass = normal_interval(*self._edges(log2_mean, log2_sd))
+        exact = mass > SMALLEST_MASS
+        signal[self._small[exact]] = np.log(mass[exact])
+        seen = log_ndtr((log2_mean - LOG2_OF_NONE) / log2_sd)
+        signal += (np.log(weight) - seen)[self.guide]
         # log(e^s + e^b) and the posterior from one exponential.
         gap = signal - background
         small = np.exp(-np.abs(gap))
@@ -265,46 +304,119 @@ class _Likelihood:
         posterior = np.where(gap >= 0, 1.0, small) / (1 + small)
         return posterior, self.sum(self.cells * log_sum)
 
-    def maximize(self, posterior: np.ndarray) -> np.ndarray:
-        """Return the parameters ``(4, guides)`` that are most likely under a posterior ``(entries,)``."""
+    def _edges(self, log2_mean: np.ndarray, log2_sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the standardized ends of the intervals of small counts."""
+        guide = self.guide[self._small]
+        return (self._low - log2_mean[guide]) / log2_sd[guide], (self._high - log2_mean[guide]) / log2_sd[
+            guide
+        ]
+
+    def maximize(self, posterior: np.ndarray, parameters: np.ndarray | None = None) -> np.ndarray:
+        """Return the parameters ``(4, guides)`` that are most likely under a posterior ``(entries,)``.
+
+        ``parameters`` are those of the posterior. They say where in the interval of a count its cells
+        are, and how many cells carry the guide without a UMI; without them, counts are taken as exact.
+        """
         carried = self.cells * posterior
         n_carried = np.maximum(self.sum(carried), 1e-9)
         n_others = np.maximum(self.n_cells - n_carried, 1e-9)
-        log2_mean = np.maximum(self.sum(carried * self.log2) / n_carried, LOWEST_LOG2_MEAN)
-        off = self.log2 - log2_mean[self.guide]
-        log2_sd = np.maximum(np.sqrt(self.sum(carried * off * off) / n_carried), LOWEST_LOG2_SD)
+        if parameters is None:
+            n_all, middle = n_carried, self.sum(carried * self.log2) / n_carried
+            off = self.log2 - middle[self.guide]
+            moment, square = np.zeros_like(middle), self.sum(carried * off * off) / n_carried
+        else:
+            _, middle, sd, _ = parameters
+            off = self.log2 - middle[self.guide]
+            squared = off * off
+            off[self._small], squared[self._small] = self._moments_of_small(middle, sd)
+            # Cells without a UMI: the Gaussian below LOG2_OF_NONE.
+            edge = (LOG2_OF_NONE - middle) / sd
+            hidden = n_carried * np.exp(log_ndtr(edge) - log_ndtr(-edge))
+            hazard = np.exp(-0.5 * edge * edge - LOG_ROOT_TWO_PI - log_ndtr(edge))
+            n_all = n_carried + hidden
+            moment = (self.sum(carried * off) - hidden * sd * hazard) / n_all
+            square = (self.sum(carried * squared) + hidden * sd**2 * (1 - edge * hazard)) / n_all
+        log2_mean = np.maximum(middle + moment, LOWEST_LOG2_MEAN)
+        step = log2_mean - middle
+        variance = np.maximum(square - 2 * step * moment + step**2, LOWEST_LOG2_SD**2)
         positive = self.sum((self.cells - carried) * self.value) / n_others
         mean = background_mean(np.maximum(positive, 1 + SMALLEST_MEAN), self.dispersion)
-        weight = np.clip(n_carried / self.n_cells, 1e-9, 1 - 1e-9)
-        return np.stack([weight, log2_mean, log2_sd, mean])
+        weight = np.clip(n_carried / self.n_cells, SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT)
+        return np.stack([weight, log2_mean, np.sqrt(variance), mean])
+
+    def _moments_of_small(self, log2_mean: np.ndarray, log2_sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean distance from ``log2_mean``, and its square, within intervals of small counts."""
+        low, high = self._edges(log2_mean, log2_sd)
+        sd = log2_sd[self.guide[self._small]]
+        mass = normal_interval(low, high)
+        exact = mass > SMALLEST_MASS
+        mass = np.where(exact, mass, 1.0)
+        at_low, at_high = normal_density(low), normal_density(high)
+        middle = self.log2[self._small] - log2_mean[self.guide[self._small]]
+        first = np.where(exact, sd * (at_low - at_high) / mass, middle)
+        second = np.where(exact, sd**2 * (1 + (low * at_low - high * at_high) / mass), middle**2)
+        return first, second
 
 
 def _iterate(
-    histograms: CountHistograms, parameters: np.ndarray, dispersion: float, most_steps: int
+    histograms: CountHistograms, parameters: np.ndarray, dispersion: float, most_cycles: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Run EM from ``parameters`` ``(4, guides)``; return them, log-likelihoods, convergence."""
+    """Run EM from ``parameters`` ``(4, guides)``; return them, log-likelihoods, convergence.
+
+    A cycle is two EM iterations and a longer step along them (SQUAREM, Varadhan and Roland 2008,
+    Scandinavian Journal of Statistics 35:335), which is taken where it is more likely: where components
+    overlap, EM alone needs thousands of iterations.
+    """
     n_guides = histograms.n_guides
     parameters, found = parameters.copy(), np.full(n_guides, -np.inf)
     converged = np.zeros(n_guides, dtype=bool)
-    open_guides, step = np.arange(n_guides), 0
-    while len(open_guides) and step < most_steps:
-        # Guides that are done are left out of what follows, every few iterations.
+    open_guides, cycle = np.arange(n_guides), 0
+    while len(open_guides) and cycle < most_cycles:
+        # Guides that are done are left out of what follows, every few cycles.
         likelihood = _Likelihood(histograms.take(open_guides), dispersion)
         now, last = parameters[:, open_guides], found[open_guides]
-        for _ in range(min(20, most_steps - step)):
+        for _ in range(min(8, most_cycles - cycle)):
+            cycle += 1
             posterior, reached = likelihood.expect(now)
-            step += 1
-            gain, last = reached - last, reached
-            done = gain < TOLERANCE
+            done = reached - last < TOLERANCE
+            last = reached
             if done.all():
                 break
-            now = np.where(done, now, likelihood.maximize(posterior))
+            first = likelihood.maximize(posterior, now)
+            second = likelihood.maximize(likelihood.expect(first)[0], first)
+            longer = _extrapolate(now, first, second)
+            better = likelihood.expect(longer)[1] > likelihood.expect(second)[1]
+            now = np.where(done, now, np.where(better, longer, second))
         parameters[:, open_guides], found[open_guides], converged[open_guides] = now, last, done
         open_guides = open_guides[~done]
     return parameters, found, converged
 
 
-def fit_mixture(histograms: CountHistograms, dispersion: float) -> Mixture:
+def _extrapolate(start: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return parameters ``(4, guides)`` farther along the way of two EM iterations, within their bounds."""
+
+    def to_line(values: np.ndarray) -> np.ndarray:
+        weight, log2_mean, log2_sd, mean = values
+        return np.stack([np.log(weight) - np.log1p(-weight), log2_mean, np.log(log2_sd), np.log(mean)])
+
+    at_start, at_first, at_second = map(to_line, (start, first, second))
+    way = at_first - at_start
+    turn = at_second - at_first - way
+    norms = np.sqrt((way**2).sum(axis=0)), np.sqrt((turn**2).sum(axis=0))
+    length = np.divide(norms[0], norms[1], out=np.ones_like(norms[0]), where=norms[1] > 0)
+    length = np.clip(length, 1, 100)
+    logit, log2_mean, log_sd, log_mean = at_start + 2 * length * way + length**2 * turn
+    return np.stack(
+        [
+            np.clip(expit(logit), SMALLEST_WEIGHT, 1 - SMALLEST_WEIGHT),
+            np.clip(log2_mean, LOWEST_LOG2_MEAN, 30),
+            np.exp(np.clip(log_sd, np.log(LOWEST_LOG2_SD), 3)),
+            np.exp(np.clip(log_mean, np.log(SMALLEST_MEAN), 20)),
+        ]
+    )
+
+
+def fit_mixture(histograms: CountHistograms, dispersion: float, most_cycles: int | None = None) -> Mixture:
     """Fit the mixture of each guide by expectation maximization, from several starts.
 
     Parameters
@@ -313,6 +425,8 @@ def fit_mixture(histograms: CountHistograms, dispersion: float) -> Mixture:
         Counts of the guides.
     dispersion
         Of the background.
+    most_cycles
+        Cycles of iterations at most; ``MOST_CYCLES`` where None.
 
     Returns
     -------
@@ -330,16 +444,17 @@ def fit_mixture(histograms: CountHistograms, dispersion: float) -> Mixture:
             continue
         part = histograms.take(guides)
         first = _Likelihood(part, dispersion).maximize((part.value >= start).astype(np.float64))
-        parameters, reached, _ = _iterate(part, first, dispersion, STEPS_OF_A_START)
+        parameters, reached, _ = _iterate(part, first, dispersion, CYCLES_OF_A_START)
         better = reached > found[guides]
         best[:, guides[better]], found[guides[better]] = parameters[:, better], reached[better]
     converged = np.zeros(n_guides, dtype=bool)
     guides = np.flatnonzero(np.isfinite(found))
     if len(guides):
         best[:, guides], found[guides], converged[guides] = _iterate(
-            histograms.take(guides), best[:, guides], dispersion, MOST_STEPS
+            histograms.take(guides), best[:, guides], dispersion, most_cycles or MOST_CYCLES
         )
-    return Mixture(*best, dispersion, found, converged)
+    weight, log2_mean, log2_sd, background = best
+    return Mixture(weight, log2_mean, log2_sd, background, dispersion, found, converged)
 
 
 def choose_dispersion(histograms: CountHistograms) -> float:
@@ -349,7 +464,9 @@ def choose_dispersion(histograms: CountHistograms) -> float:
         return 0.0
     every = -(-len(counted) // GUIDES_FOR_DISPERSION)
     part = histograms.take(counted[::every])
-    fits = [fit_mixture(part, dispersion).log_likelihood for dispersion in DISPERSIONS]
+    fits = [
+        fit_mixture(part, dispersion, CYCLES_OF_A_DISPERSION).log_likelihood for dispersion in DISPERSIONS
+    ]
     return DISPERSIONS[int(np.argmax([fit[np.isfinite(fit)].sum() for fit in fits]))]
 
 
@@ -389,6 +506,7 @@ class GuideFits:
         fit = self.mixture
         n_guides = len(self.threshold)
         fitted = np.isfinite(fit.log_likelihood)
+        converged = pd.Series(fit.converged, dtype="boolean").where(pd.Series(fitted))
         return pd.DataFrame(
             {
                 "signal_weight": fit.weight,
@@ -399,7 +517,7 @@ class GuideFits:
                 "positive_cells": self.positive_cells,
                 "expected_false": self.expected_false,
                 "expected_missed": self.expected_missed,
-                "converged": pd.Series(np.where(fitted, fit.converged, None), dtype="boolean"),
+                "converged": converged,
                 "fallback": self.fallback,
             },
             index=range(n_guides),
@@ -409,7 +527,7 @@ class GuideFits:
     def empty_table(cls, n_guides: int) -> pd.DataFrame:
         """Return the same columns for a rule that fits nothing."""
         nan = np.full(n_guides, np.nan)
-        nothing = Mixture(nan, nan, nan, nan, np.nan, nan, nan)
+        nothing = Mixture(nan, nan, nan, nan, np.nan, nan, np.zeros(n_guides, dtype=bool))
         return cls(nothing, nan, np.full(n_guides, FITTED, dtype=object), nan, nan, nan).table()
 
 
