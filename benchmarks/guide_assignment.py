@@ -1,4 +1,4 @@
-"""Does the mixture call the guides that dominance calls, and those that are there, and how fast?
+"""Compare the mixture with dominance on a real screen, and with the truth on simulated ones; time it.
 
 On Papalexi et al. (one guide per cell): the share of cells with the same guide among those that both
 rules assign, and how far each measured target falls under each rule, as log2 of the ratio of mean
@@ -112,7 +112,7 @@ def falls(expression: np.ndarray, gene: str, calls: dict[str, GuideCalls]) -> di
 def simulate(
     n_cells: int, n_guides: int, moi: float, seed: int
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Draw guide counts and who carries what, both ``(cells, guides)``; a Poisson number of guides per cell."""
+    """Draw guide counts and who carries what, both ``(cells, guides)``; ``moi`` guides per cell on average."""
     rng = np.random.default_rng(seed)
     background = np.exp(rng.uniform(np.log(0.005), np.log(0.3), n_guides))
     middle, spread = rng.uniform(5, 7, n_guides), rng.uniform(1.2, 2.0, n_guides)
@@ -135,7 +135,7 @@ def simulated_screen(n_cells: int, n_guides: int, moi: float) -> dict[str, float
     settings = GuideAssignment(method="mixture", min_umis=1, min_share=0, max_guides=n_guides)
     before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
-    calls = call_guides(counts, names, {name: CONTROL for name in names}, settings)
+    calls = call_guides(counts, names, dict.fromkeys(names, CONTROL), settings)
     seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
     threshold = calls.guides["threshold"].to_numpy()
