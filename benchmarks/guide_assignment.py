@@ -6,6 +6,9 @@ expression in its cells to that in control cells. On simulated counts, whose bac
 gamma-Poisson and whose carried guides are log-normal: precision and recall of the calls, seconds and
 memory, for one guide per cell and for many.
 
+Also on Papalexi et al.: how much of the fall of a target is seen in cells where most guide UMIs are on no
+called guide, and in cells where the target's guide is the weaker one of two.
+
     python benchmarks/guide_assignment.py DATA
 
 DATA holds ``papalexi2021_10x/``.
@@ -43,8 +46,8 @@ RULES = {
 DRAWS = 200
 
 
-def real_screen(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Compare the rules on Papalexi et al.; return rows of targets and rows of rules."""
+def real_screen(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[dict[str, object]]]:
+    """Compare the rules on Papalexi et al.; return rows of targets, of rules and of kinds of cells."""
     source = ScreenSource(
         "papalexi",
         str(folder),
@@ -66,7 +69,58 @@ def real_screen(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         {"target": gene, **falls(screen[:, gene].X.toarray().ravel() / library, gene, calls)}
         for gene in measured
     ]
-    return pd.DataFrame(rows), pd.DataFrame([agreement(rule, calls) for rule in RULES])
+    expression = {gene: screen[:, gene].X.toarray().ravel() / library for gene in measured}
+    kinds = parts_of_the_fall(screen.obsm[GUIDE_COUNTS].toarray(), names, targets, expression)
+    return pd.DataFrame(rows), pd.DataFrame([agreement(rule, calls) for rule in RULES]), kinds
+
+
+def parts_of_the_fall(
+    counts: np.ndarray, names: list[str], targets: dict[str, str], expression: dict[str, np.ndarray]
+) -> list[dict[str, object]]:
+    """Return how much of the fall of their target some kinds of cells show, over all measured targets.
+
+    The whole fall, 1, is that of cells with one called guide that holds 60 % or more of the guide UMIs.
+    """
+    every_guide = GuideAssignment(method="mixture", min_share=0, max_guides=len(names))
+    threshold = call_guides(sparse.csr_matrix(counts), names, targets, every_guide).guides["threshold"]
+    called = np.where(counts >= threshold.to_numpy(), counts, 0)
+    number, order = (called > 0).sum(axis=1), np.argsort(called, axis=1)
+    label = np.array([targets[name] for name in names])
+    top, second = (np.take_along_axis(called, order[:, [-rank]], axis=1).ravel() for rank in (1, 2))
+    first_label, second_label = label[order[:, -1]], label[order[:, -2]]
+    clear = (number == 1) & (top >= 0.6 * counts.sum(axis=1))
+    two = (number == 2) & (first_label != second_label)
+    kinds = {
+        "one guide, 60 % of the UMIs or more": (clear, first_label),
+        "one guide, less than 60 %": ((number == 1) & ~clear, first_label),
+        "weaker of two, 5 to 20 % of the other": (
+            two & (second >= 0.05 * top) & (second < 0.2 * top),
+            second_label,
+        ),
+        "weaker of two, less than 5 %": (two & (second < 0.05 * top), second_label),
+    }
+    rows: list[dict[str, object]] = []
+    for kind, (cells, target) in kinds.items():
+        fall, whole, variance, n_targeted = 0.0, 0.0, 0.0, 0
+        for gene, values in expression.items():
+            control = values[clear & (first_label == CONTROL)].mean()
+            found = values[cells & (target == gene)] / control
+            if len(found) < 2:
+                continue
+            fall += (1 - found).sum()
+            whole += len(found) * (1 - values[clear & (first_label == gene)].mean() / control)
+            variance += len(found) * found.var(ddof=1)
+            n_targeted += len(found)
+        rows.append(
+            {
+                "kind": kind,
+                "cells": int(cells.sum()),
+                "cells_of_measured_targets": n_targeted,
+                "part_of_the_fall": fall / whole,
+                "standard_error": float(np.sqrt(variance) / whole),
+            }
+        )
+    return rows
 
 
 def agreement(rule: str, calls: dict[str, GuideCalls]) -> dict[str, object]:
@@ -112,7 +166,7 @@ def falls(expression: np.ndarray, gene: str, calls: dict[str, GuideCalls]) -> di
 def simulate(
     n_cells: int, n_guides: int, moi: float, seed: int
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Draw guide counts and who carries what, both ``(cells, guides)``; ``moi`` guides per cell on average."""
+    """Draw guide counts and who carries what, both ``(cells, guides)``; ``moi`` is guides per cell."""
     rng = np.random.default_rng(seed)
     background = np.exp(rng.uniform(np.log(0.005), np.log(0.3), n_guides))
     middle, spread = rng.uniform(5, 7, n_guides), rng.uniform(1.2, 2.0, n_guides)
@@ -173,8 +227,9 @@ def main() -> None:
     require_files(parser, arguments.data)
     made_by = provenance(__file__, arguments)
     simulated = [simulated_screen(arguments.cells, arguments.guides, moi) for moi in (1.0, 10.0)]
-    targets, rules = real_screen(folder)
-    print(pd.DataFrame(simulated).T.to_string(), rules.T.to_string(), sep="\n\n", end="\n\n")
+    targets, rules, kinds = real_screen(folder)
+    for table in (pd.DataFrame(simulated).T, rules.T, pd.DataFrame(kinds)):
+        print(table.to_string(), end="\n\n")
     mean = targets.mean(numeric_only=True).to_dict()
     write_result(
         arguments.name,
@@ -182,6 +237,7 @@ def main() -> None:
         targets,
         mean_fall={rule: round(mean[rule], 4) for rule in RULES},
         rules=rules.astype(object).where(rules.notna(), None).to_dict("records"),
+        parts_of_the_fall=kinds,
         simulated=simulated,
     )
 
