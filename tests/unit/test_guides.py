@@ -5,7 +5,7 @@ import pytest
 from scipy import sparse
 
 from biojepa.errors import InputError
-from biojepa.guides import GuideAssignment, assign_guides
+from biojepa.guides import GuideAssignment, assign_guides, call_guides
 
 NAMES = ["Ag1", "Ag2", "Bg1", "NTg1", "NTg2"]
 TARGETS = {"Ag1": "A", "Ag2": "A", "Bg1": "B", "NTg1": "control", "NTg2": "control"}
@@ -60,6 +60,56 @@ def test_threshold_joins_the_targets_of_all_guides():
 
 def test_threshold_allows_as_many_guides_as_asked():
     assert call([[20, 20, 20, 0, 0]], method="threshold", max_guides=3)["label"].tolist() == ["A+B"]
+
+
+ROWS = [
+    [20, 0, 30, 0, 0],  # two guides
+    [20, 0, 1, 0, 0],
+    [0, 0, 0, 30, 0],
+    [9, 9, 9, 0, 0],  # three guides
+    [2, 0, 0, 0, 0],
+    [0, 0, 0, 0, 0],
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "called", "assigned", "alone", "classes"),
+    [
+        (
+            "dominance",
+            [2, 1, 2, 1, 0],
+            [1, 0, 1, 1, 0],
+            [1, 0, 1, 1, 0],
+            [("no_guide", 0, 2), ("assigned", 1, 3), ("too_many_guides", None, 1)],
+        ),
+        (
+            "threshold",
+            [3, 1, 2, 1, 0],
+            [2, 0, 1, 1, 0],
+            [1, 0, 0, 1, 0],
+            [("no_guide", 0, 2), ("assigned", 1, 2), ("assigned", 2, 1), ("too_many_guides", 3, 1)],
+        ),
+    ],
+)
+def test_tables_of_guides_and_of_cells_say_what_became_of_them(method, called, assigned, alone, classes):
+    counts = sparse.csr_matrix(np.array(ROWS))
+    made = call_guides(counts, NAMES, TARGETS, GuideAssignment(method=method, min_umis=3))
+    guides = made.guides
+    assert guides["guide"].tolist() == NAMES
+    assert guides["target"].tolist() == ["A", "A", "B", "control", "control"]
+    assert guides["cells_counted"].tolist() == [4, 1, 3, 1, 0]
+    assert guides["umis"].tolist() == [51, 9, 40, 30, 0]
+    assert guides["threshold"].tolist() == [3] * 5
+    assert guides["cells_called"].tolist() == called
+    assert guides["cells_assigned"].tolist() == assigned
+    assert guides["cells_alone"].tolist() == alone
+    # Only the mixture fits anything.
+    assert guides["signal_log2_mean"].isna().all()
+    assert guides["converged"].isna().all()
+    assert (guides["fallback"] == "").all()
+    rows = made.classes[["status", "n_guides", "cells"]].astype(object)
+    assert [tuple(row) for row in rows.where(rows.notna(), None).to_numpy()] == classes
+    assert made.classes["share"].tolist() == pytest.approx([cells / 6 for *_, cells in classes])
 
 
 def test_dominance_agrees_with_a_dense_computation():

@@ -138,7 +138,7 @@ def call_guides(
         {
             "guide": names,
             "target": [targets[name] for name in names],
-            "cells_counted": np.bincount(counts.indices[counts.data > 0], minlength=n_guides),
+            "cells_counted": _cells_with_a_count(counts),
             "umis": np.asarray(counts.sum(axis=0)).ravel().astype(np.int64),
             "threshold": threshold.astype(np.int64),
             "cells_called": _cells_of(called, np.ones(n_cells, dtype=bool)),
@@ -156,6 +156,15 @@ def _classes(cells: pd.DataFrame) -> pd.DataFrame:
     table = table.sort_values(["n_guides", "status"], na_position="last", ignore_index=True)
     table["share"] = table["cells"] / max(len(cells), 1)
     return table
+
+
+def _cells_with_a_count(counts: sparse.csr_matrix) -> np.ndarray:
+    """Count the cells with a UMI of each guide ``(guides,)``."""
+    cells = np.zeros(counts.shape[1], dtype=np.int64)
+    for first in range(0, counts.nnz, BLOCK):
+        block = slice(first, first + BLOCK)
+        cells += np.bincount(counts.indices[block][counts.data[block] > 0], minlength=len(cells))
+    return cells
 
 
 def _cells_of(called: sparse.csr_matrix, cells: np.ndarray) -> np.ndarray:
