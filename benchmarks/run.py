@@ -69,6 +69,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "evaluation_speed": Benchmark(
         "seconds and memory of evaluation and report at 2,000 perturbations", "evaluation_speed.py"
     ),
+    "scaling": Benchmark(
+        "growth of seconds and memory with cells and perturbations, to a million and to 10,000", "scaling.py"
+    ),
+    "preprocess_against_scanpy": Benchmark(
+        "preprocess against plain scanpy in memory, same result", "preprocess_against_scanpy.py"
+    ),
     "training_choices": Benchmark(
         "what parts of the model and settings of its training contribute",
         "compare_training.py results/development_1 results/development_2 results/development_3 "

@@ -1,18 +1,18 @@
 """Measure how seconds and memory of the stages that read all cells grow with cells and perturbations.
 
-Question: is the time of preprocess, pair and embed linear in the cells and the memory flat, so that a
-million cells need no large machine? Method: simulate screens of 5,000 genes, 8 % of the matrix filled
+Question: is the time of preprocess, pair, train and embed linear in the cells, and the memory flat, so that
+a million cells need no large machine? Method: simulate screens of 5,000 genes, 8 % of the matrix filled
 (``sparse_screen.py``): 10,000 to 1,000,000 cells with 1,000 perturbations, and 100 to 10,000 perturbations
 with 100,000 cells. Each stage runs in a process of its own, one thread, with the settings of the pipeline
 but for the smallest number of cells of a perturbation, which is 2, so that none is lost where cells are few.
-Embedding uses an untrained encoder of the default size, made once from the smallest screen. Seconds and
-processor seconds exclude imports; peak memory is the resident set of the process, imports included.
-Exponents are slopes of least squares of the logarithms; *last* is that of the two largest sizes, where
-constant costs weigh least.
+Training takes 50 steps of each stage, so that what it spends on cells besides steps is seen. Embedding uses
+an untrained encoder of the default size, made once from the smallest screen. Seconds and processor seconds
+exclude imports; peak memory is the resident set of the process, imports included. Exponents are slopes of
+least squares of the logarithms; *last* is that of the two largest sizes, where constant costs weigh least.
 
 Usage::
 
-    python benchmarks/scaling.py [--largest 1000000] [--stages preprocess pair embed] [--name scaling]
+    python benchmarks/scaling.py [--largest 1000000] [--stages preprocess pair train embed] [--name scaling]
 
 ``--largest`` leaves out screens with more cells. Writes ``benchmarks/results/<name>.json``. Linux only, for
 it reads ``/proc``. The largest screen takes 3.2 GB of disk, and its results 2 GB.
@@ -40,7 +40,7 @@ from record import provenance, write_result  # noqa: E402
 CELLS = (10_000, 100_000, 1_000_000)
 PERTURBATIONS = (100, 1_000, 10_000)
 CENTRE = (100_000, 1_000)
-STAGES = ("preprocess", "pair", "embed")
+STAGES = ("preprocess", "pair", "train", "embed")
 
 
 def sizes(largest: int) -> list[tuple[int, int]]:
@@ -123,6 +123,27 @@ def make_model(folder: Path) -> Callable[[], None]:
     return run
 
 
+def train(folder: Path) -> Callable[[], None]:
+    """Prepare to train 50 steps of each stage: what it takes besides steps is what cells can add to it."""
+    from biojepa.pairs import read_pairs
+    from biojepa.training import TrainSettings, train_model
+
+    settings = TrainSettings.from_config(
+        {
+            "device": "cpu",
+            "torch_threads": 1,
+            "encoder": {"steps": 50, "monitor_every": 50},
+            "predictor": {"steps": 50, "evaluate_every": 50},
+        }
+    )
+
+    def run() -> None:
+        model, _, _ = train_model(read_pairs(folder / "pairs.h5"), settings, seed=0)
+        model.save(folder / "trained.pt")
+
+    return run
+
+
 def simulate(folder: Path) -> Callable[[], None]:
     """Prepare to write the screen that the name of ``folder`` says."""
     n_cells, n_perturbations = (int(part) for part in folder.name.split("_"))
@@ -132,6 +153,7 @@ def simulate(folder: Path) -> Callable[[], None]:
 COMMANDS = {
     "preprocess": preprocess,
     "pair": pair,
+    "train": train,
     "embed": embed,
     "model": make_model,
     "simulate": simulate,
