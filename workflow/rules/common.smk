@@ -21,7 +21,11 @@ from biojepa.models import (
 from biojepa.prediction_requests import request_file
 
 try:
-    CONFIG = load_config(config, Path(workflow.current_basedir).parent / "schemas")
+    CONFIG = load_config(
+        config,
+        schemas=Path(workflow.current_basedir).parent / "schemas",
+        catalogue=LIBRARY.parents[1] / "resources" / "catalogue.tsv",
+    )
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
@@ -31,6 +35,10 @@ if CONFIG.archived and getattr(workflow.modifier.path_modifier, "prefix", None):
         "config, key archived: found it in a module with a prefix; expected the workflow itself. Fix: run the "
         "Snakefile of the clone in the folder of the prefix, which holds results/"
     )
+
+if workflow.is_main_process:
+    for note in CONFIG.notes:
+        logger.info(note)
 
 DATASETS = CONFIG.datasets
 # Those that hold something out; the scheme none has models and a page, but no scores.
@@ -58,6 +66,12 @@ def settings_of(stage):
 def get_raw(wildcards):
     """Files that the preprocess stage reads, from the download stage or the user's own."""
     return CONFIG.source(wildcards.dataset).raw_files
+
+
+def get_local(wildcards):
+    """The user's own file that a job links to; nothing where it is fetched."""
+    file = CONFIG.source(wildcards.dataset).file(wildcards.file)
+    return [] if file.is_remote else [file.address]
 
 
 def get_table(column):

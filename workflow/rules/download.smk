@@ -1,8 +1,11 @@
-# Raw files: fetched from an address and verified, or simulated. A local path needs no rule.
+# Raw files: fetched from an address or linked, verified, unpacked; or simulated. A local file or folder
+# without a checksum is read where it is and needs no rule.
 
 
 rule download:
-    """Fetch the file of a published screen, resumably, and verify its checksum."""
+    """Fetch one file of a screen, resumably, or link to a local one, and verify its checksum."""
+    input:
+        local=get_local,
     output:
         file="resources/datasets/{dataset}/{file}",
         record="resources/datasets/{dataset}/provenance/{file}.json",
@@ -16,10 +19,55 @@ rule download:
     threads: 1
     # No digest of the library here: a verified file need not be fetched again because code changed.
     params:
-        url=lambda wildcards: CONFIG.source(wildcards.dataset).address,
-        checksum=lambda wildcards: CONFIG.source(wildcards.dataset).checksum,
+        url=lambda wildcards: CONFIG.source(wildcards.dataset)
+        .file(wildcards.file)
+        .address,
+        checksum=lambda wildcards: CONFIG.source(wildcards.dataset)
+        .file(wildcards.file)
+        .checksum,
     script:
         "../scripts/download.py"
+
+
+rule unpack:
+    """Unpack the archives of a screen into one folder, whole or not at all."""
+    input:
+        archives=lambda wildcards: CONFIG.source(wildcards.dataset).archives,
+    output:
+        folder=directory("resources/datasets/{dataset}/unpacked"),
+        record="resources/datasets/{dataset}/provenance/unpack.json",
+    log:
+        "logs/{dataset}/download/unpack.log",
+    wildcard_constraints:
+        dataset=CONFIG.pattern("unpacked_folder"),
+    conda:
+        "../../envs/download.yaml"
+    threads: 1
+    params:
+        library=library("unpack"),
+    script:
+        "../scripts/unpack.py"
+
+
+rule unpack_file:
+    """Get the one file of a screen out of its archive or compression."""
+    input:
+        packed=lambda wildcards: CONFIG.source(wildcards.dataset).packed,
+    output:
+        file="resources/datasets/{dataset}/unpacked/{file}",
+        record="resources/datasets/{dataset}/unpacked/provenance/{file}.json",
+    log:
+        "logs/{dataset}/download/unpacked_{file}.log",
+    wildcard_constraints:
+        dataset=CONFIG.pattern("unpacked_file"),
+        file="[^/]+",
+    conda:
+        "../../envs/download.yaml"
+    threads: 1
+    params:
+        library=library("unpack_file"),
+    script:
+        "../scripts/unpack_file.py"
 
 
 rule simulate:

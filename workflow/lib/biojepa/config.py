@@ -7,15 +7,15 @@ import csv
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import jsonschema
 import yaml
 
+from biojepa.catalogue import Entry, read_catalogue
 from biojepa.contracts import NO_SPLIT, OTHER_SCREEN
 from biojepa.errors import InputError
 from biojepa.labels import spell_label
@@ -30,11 +30,20 @@ from biojepa.models import (
 )
 from biojepa.prediction_requests import ALL, read_requests
 from biojepa.prior_names import require_file_names
+from biojepa.raw_files import (
+    IN_SEVERAL_FILES,
+    SEPARATOR,
+    SINGLE_FILE_FORMATS,
+    RawFile,
+    listed_files,
+    unusable_file_names,
+)
 from biojepa.sizes import with_named_sizes
 from biojepa.user_models import UserModel, unusable_names
 
 SIMULATOR = "simulator"
 DOWNLOADS = "resources/datasets"
+DEFAULT_TABLE = "config/datasets.tsv"
 SECTIONS = ("download", "preprocess", "pair", "train", "embed", "evaluate")
 FILE_COLUMNS = (
     "source",
@@ -60,9 +69,12 @@ class Source:
     ----------
     row
         Column to value.
+    where
+        Table and row that it stands in, for messages.
     """
 
     row: Mapping[str, str]
+    where: str = field(default="", compare=False)
 
     @property
     def name(self) -> str:
@@ -75,19 +87,18 @@ class Source:
         return self.row["source"] == SIMULATOR
 
     @property
-    def is_remote(self) -> bool:
-        """Whether it is fetched from an address."""
-        return self.row["source"].startswith(("http://", "https://"))
+    def files(self) -> tuple[RawFile, ...]:
+        """Files that the row names, none where it is simulated."""
+        return () if self.is_simulated else listed_files(self.row["source"], self.row["checksum"])
 
     @property
-    def address(self) -> str:
-        """Where to fetch it from."""
-        return self.row["source"]
+    def is_staged(self) -> bool:
+        """Whether the download stage fetches, verifies, gathers or opens its files.
 
-    @property
-    def checksum(self) -> str | None:
-        """Expected digest, ``sha256:…`` or ``md5:…``."""
-        return self.row["checksum"] or None
+        One local file or folder without a checksum is read where it is.
+        """
+        files = self.files
+        return len(files) > 1 or any(one.is_remote or one.checksum or one.is_opened for one in files)
 
     @property
     def folder(self) -> str:
@@ -95,27 +106,78 @@ class Source:
         return f"{DOWNLOADS}/{self.name}"
 
     @property
+    def screen_files(self) -> tuple[RawFile, ...]:
+        """Files that hold the counts: all but those that other columns name as ``{download}/…``."""
+        named = {path for column in FILE_COLUMNS if column != "source" for path in _listed(self.row[column])}
+        return tuple(one for one in self.files if f"{self.folder}/{one.name}" not in named)
+
+    @property
+    def archives(self) -> list[str]:
+        """Paths of the archives that are unpacked into one folder."""
+        opened = [one for one in self.screen_files if one.is_archive]
+        return [f"{self.folder}/{one.name}" for one in opened] if self.is_unpacked_folder else []
+
+    @property
+    def is_unpacked_folder(self) -> bool:
+        """Whether it is a folder that comes out of one or more archives."""
+        return any(one.is_archive for one in self.screen_files) and not self.is_unpacked_file
+
+    @property
+    def is_unpacked_file(self) -> bool:
+        """Whether it is one file that comes out of a ``.gz`` or out of an archive."""
+        files = self.screen_files
+        wanted = self.row["format"] in SINGLE_FILE_FORMATS
+        return len(files) == 1 and (files[0].is_compressed or (files[0].is_archive and wanted))
+
+    @property
+    def packed(self) -> str:
+        """Path of what the one file comes out of."""
+        return f"{self.folder}/{self.screen_files[0].name}"
+
+    @property
     def path(self) -> str:
-        """Local file or folder of the raw screen."""
+        """File or folder of the raw screen, as its reader finds it."""
         if self.is_simulated:
             return f"{self.folder}/raw.h5ad"
-        if self.is_remote:
-            return f"{self.folder}/{Path(unquote(urlsplit(self.address).path)).name}"
-        return self.row["source"]
+        files = self.screen_files
+        if not files:
+            return self.folder
+        if not self.is_staged:
+            return files[0].address
+        if self.is_unpacked_file:
+            suffix = SINGLE_FILE_FORMATS[self.row["format"]] if files[0].is_archive else ""
+            return f"{self.unpacked}/{files[0].stem.removesuffix(suffix)}{suffix}"
+        if self.is_unpacked_folder:
+            return self.unpacked
+        return f"{self.folder}/{files[0].name}" if len(files) == 1 else self.folder
+
+    @property
+    def unpacked(self) -> str:
+        """Folder of what comes out of archives."""
+        return f"{self.folder}/unpacked"
 
     @property
     def downloads(self) -> list[str]:
         """Files that the download stage makes."""
         if self.is_simulated:
             return [f"{self.folder}/{name}" for name in SIMULATED_FILES]
-        return [self.path] if self.is_remote else []
+        if not self.is_staged:
+            return []
+        opened = [self.path] if self.is_unpacked_file or self.is_unpacked_folder else []
+        return [*(f"{self.folder}/{one.name}" for one in self.files), *opened]
+
+    def file(self, name: str) -> RawFile:
+        """Return the file that has a name in the folder of the dataset."""
+        return next(one for one in self.files if one.name == name)
 
     @property
     def raw_files(self) -> list[str]:
-        """Files that hold the screen: one, or those of a folder."""
+        """Files that hold the screen: one, or those of a folder; a folder that is still to be unpacked."""
         path = Path(self.path)
-        if not self.is_simulated and not self.is_remote and path.is_dir():
+        if not self.is_simulated and not self.is_staged and path.is_dir():
             return sorted(file.as_posix() for file in path.iterdir() if file.is_file())
+        if self.path == self.folder:
+            return [f"{self.folder}/{one.name}" for one in self.screen_files]
         return [self.path]
 
     def table(self, column: str) -> list[str]:
@@ -157,16 +219,27 @@ class Source:
         """Columns and local files that should exist now and do not."""
         columns = ("cell_metadata", "guide_table", "networks", "gene_sets", "gene_tables", "pathways")
         named = [(column, path) for column in columns for path in _listed(self.row[column])]
-        if not self.is_simulated and not self.is_remote:
-            named.insert(0, ("source", self.path))
+        named[:0] = [("source", one.address) for one in self.files if not one.is_remote]
         made = f"{self.folder}/"
         return [
             (column, path) for column, path in named if not path.startswith(made) and not Path(path).exists()
         ]
 
+    def unmade_files(self) -> list[tuple[str, str]]:
+        """Columns and files of the own folder that nothing puts there."""
+        columns = [column for column in FILE_COLUMNS if column != "source"]
+        return [
+            (column, path)
+            for column in columns
+            for path in _listed(self.row[column])
+            if path.startswith(f"{self.folder}/")
+            and path not in self.downloads
+            and not (self.is_unpacked_folder and path.startswith(f"{self.unpacked}/"))
+        ]
 
-def _listed(field: str) -> list[str]:
-    return [path.strip() for path in field.split(";") if path.strip()]
+
+def _listed(text: str) -> list[str]:
+    return [path.strip() for path in text.split(SEPARATOR) if path.strip()]
 
 
 @dataclass(frozen=True)
@@ -179,10 +252,13 @@ class Config:
         Config with all defaults filled in.
     sources
         Dataset name to its row, for the datasets to run and those whose responses they use.
+    notes
+        What a user should know though it is no mistake, such as a row that hides one of the catalogue.
     """
 
     content: Mapping[str, Any]
     sources: Mapping[str, Source]
+    notes: tuple[str, ...] = ()
 
     @property
     def datasets(self) -> list[str]:
@@ -297,8 +373,12 @@ class Config:
         return [fold for fold in (range(n_folds) if chosen is None else chosen) if fold < n_folds]
 
     def pattern(self, kind: str) -> str:
-        """Regular expression of the datasets that are ``simulated`` or ``downloaded``; matches none if so."""
-        wanted = {"simulated": "is_simulated", "downloaded": "is_remote"}[kind]
+        """Regular expression of the datasets of a kind; matches nothing where there is none.
+
+        Kinds are ``simulated``, ``downloaded`` (the download stage makes their files, local ones with a
+        checksum among them), ``unpacked_folder`` and ``unpacked_file``.
+        """
+        wanted = f"is_{'staged' if kind == 'downloaded' else kind}"
         return "|".join(name for name, source in self.sources.items() if getattr(source, wanted)) or "(?!)"
 
     @cached_property
@@ -310,7 +390,9 @@ class Config:
         }
 
 
-def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
+def load_config(
+    config: Mapping[str, Any], schemas: str | Path, catalogue: str | Path | None = None
+) -> Config:
     """Check a config and the table it names, and fill in the defaults.
 
     Parameters
@@ -319,6 +401,8 @@ def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
         As read from YAML and the command line.
     schemas
         Folder with ``config.schema.yaml`` and ``datasets.schema.yaml``.
+    catalogue
+        Table of public screens, which need no row of the user's; None for none.
 
     Raises
     ------
@@ -336,8 +420,9 @@ def load_config(config: Mapping[str, Any], schemas: str | Path) -> Config:
     if problems:
         raise ConfigError(_listing(problems))
     content = _with_defaults(_with_sizes(content), schema)
-    sources = _read_sources(content, _read_schema(Path(schemas) / "datasets.schema.yaml"))
-    resolved = Config(content, sources)
+    known = read_catalogue(catalogue) if catalogue is not None else {}
+    sources, notes = _read_sources(content, _read_schema(Path(schemas) / "datasets.schema.yaml"), known)
+    resolved = Config(content, sources, tuple(notes))
     # What is wrong for every dataset is told once.
     problems = list(dict.fromkeys(_contradictions(resolved)))
     if problems:
@@ -374,10 +459,10 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield from _unknown_models(config, dataset)
         yield from _unusable_schemes(config, dataset)
         yield from _impossible_sizes(config.settings(dataset, "train"))
-        yield from _unusable_address(config.source(dataset), config.content["datasets"])
+        yield from _unusable_source(config.source(dataset))
         for column, path in () if config.archived else config.source(dataset).missing_files():
             yield (
-                f"{config.content['datasets']}, row {dataset}, column {column}: no file {path}. "
+                f"{config.source(dataset).where}, column {column}: no file {path}. "
                 "Fix: correct the path, or set data_dir (snakemake --config data_dir=FOLDER)"
             )
         if len(config.source(dataset).pathways) > 1:
@@ -398,9 +483,9 @@ def _contradictions(config: Config) -> Iterator[str]:
         except InputError as error:
             yield f"{config.content['datasets']}, row {dataset}: {error}"
     for dataset in set(config.all_datasets) - set(config.datasets):
-        yield from _unusable_address(config.source(dataset), config.content["datasets"])
+        yield from _unusable_source(config.source(dataset))
         for column, path in () if config.archived else config.source(dataset).missing_files():
-            yield f"{config.content['datasets']}, row {dataset}, column {column}: no file {path}"
+            yield f"{config.source(dataset).where}, column {column}: no file {path}"
     if config.predict is not None and "perturbation" not in config.schemes:
         yield (
             f"config, predict: found schemes {config.schemes}; expected the scheme perturbation among them, "
@@ -487,10 +572,8 @@ def _same_screens(config: Config, dataset: str) -> Iterator[str]:
     own = config.source(dataset)
     for name in own.responses:
         other = config.source(name)
-        same = Path(other.path).resolve() == Path(own.path).resolve()
-        if own.is_remote and other.is_remote:
-            same = _same_address(own.address, other.address)
-        same = same or (own.checksum is not None and own.checksum == other.checksum)
+        same = _holds_files_of(own, other) or _holds_files_of(other, own)
+        same = same or Path(own.path).resolve() == Path(other.path).resolve()
         if own.is_simulated and other.is_simulated:
             settings = [config.settings(one, "download")["simulator"] for one in (dataset, name)]
             same = settings[0] == settings[1]
@@ -501,11 +584,14 @@ def _same_screens(config: Config, dataset: str) -> Iterator[str]:
             )
 
 
-def _same_address(one: str, other: str) -> bool:
-    """Whether two addresses lead to the same file, by whatever protocol and spelling of the host."""
-    parts = [urlsplit(address) for address in (one, other)]
-    same = {(part.netloc.lower(), unquote(part.path), part.query) for part in parts}
-    return len(same) == 1
+def _holds_files_of(one: Source, other: Source) -> bool:
+    """Whether a screen holds all files of another, known by where they come from or by their checksum.
+
+    A single file of several may well be that of two screens, such as the list of genes.
+    """
+    known = {identity for file in one.screen_files for identity in (file.identity, file.checksum)} - {""}
+    files = other.screen_files
+    return bool(files) and all(file.identity in known or file.checksum in known for file in files)
 
 
 def _unpredictable(config: Config, dataset: str, train: Mapping[str, Any]) -> Iterator[str]:
@@ -562,24 +648,68 @@ def _impossible_sizes(train: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _unusable_address(source: Source, table: str) -> Iterator[str]:
-    """Yield what is wrong with the address of a file to fetch, or with a checksum that nothing checks."""
-    where = f"{table}, row {source.name}"
-    if source.is_remote:
-        name = Path(source.path).name
-        # An address without a file name leaves the folder itself, whose parent is another.
-        in_folder = Path(source.path).parent == Path(source.folder)
-        if not in_folder or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            yield f"{where}, column source: {source.address} does not end in a plain file name"
-        elif source.row["format"] == "10x_mtx" or not name.endswith(".h5ad"):
-            yield (
-                f"{where}, column source: {name} is not an .h5ad, the format that can be fetched. "
-                "Fix: fetch and unpack it yourself, and give the local path"
-            )
-    elif source.checksum:
+def _unusable_source(source: Source) -> Iterator[str]:
+    """Yield what is wrong with the files that a row names, before any is fetched."""
+    where = f"{source.where}, column source"
+    files, screen = source.files, source.screen_files
+    for one in files:
+        scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+(?=://)", one.address)
+        if scheme and not one.is_remote:
+            yield f"{where}: {one.address} starts with {scheme[0]}://; expected https://, http:// or a path"
+    if not (files or source.is_simulated):
+        yield f"{where}: found {source.row['source']!r}; expected a file, folder or address"
+        return
+    n_sums = len(source.row["checksum"].split(SEPARATOR)) if source.row["checksum"] else 0
+    if n_sums not in (0, len(files)):
         yield (
-            f"{where}, column checksum: {source.row['source']} is not fetched, so nothing checks its sum. "
-            "Fix: leave the field empty; the SHA-256 of every file read is recorded in cells.h5ad"
+            f"{source.where}, column checksum: found {n_sums} for {len(files)} files; expected one for each "
+            "in their order, joined by ; (nothing between two ; where one is not known)"
+        )
+    for column, path in source.unmade_files():
+        made = ", ".join(Path(one).name for one in source.downloads) or "none: it is read where it is"
+        yield (
+            f"{source.where}, column {column}: found {path}, which is not among the files of this dataset "
+            f"({made}). Fix: add its address to source, or correct the name"
+        )
+    if not source.is_staged:
+        return
+    yield from (f"{where}: {problem}" for problem in unusable_file_names(files))
+    for one in files:
+        if not one.is_remote and Path(one.address).is_dir():
+            yield (
+                f"{where}: {one.address} is a folder, which has no checksum and goes with no other file. "
+                "Fix: leave the checksum empty, since the SHA-256 of every file read is recorded in "
+                "cells.h5ad, or list the files of the folder, joined by ;"
+            )
+    if not screen:
+        yield f"{where}: found tables alone; expected the counts of the screen among the files"
+    elif source.is_unpacked_folder and not all(one.is_archive for one in screen):
+        rest = next(one.name for one in screen if not one.is_archive)
+        yield (
+            f"{where}: found {rest} beside an archive; expected archives alone, or other files that a column "
+            f"such as cell_metadata names as {{download}}/{rest}"
+        )
+    elif len(screen) > 1 and any(one.is_compressed for one in screen):
+        packed = next(one.name for one in screen if one.is_compressed)
+        yield f"{where}: found {packed} beside other files; expected it alone, or decompressed"
+    elif len(screen) == 1 and not screen[0].is_opened:
+        yield from (f"{where}: {problem}" for problem in _unreadable(screen[0], source.row["format"]))
+
+
+def _unreadable(file: RawFile, form: str) -> Iterator[str]:
+    """Yield why a screen that is one file cannot be read."""
+    name = file.name.lower().removesuffix(".gz")
+    if name.endswith(IN_SEVERAL_FILES):
+        yield (
+            f"{file.name} alone is no screen. Fix: list all its files, joined by ; (matrix, features or "
+            "genes, barcodes), or give an archive that holds them"
+        )
+    elif form == "10x_mtx":
+        yield f"{file.name} is one file, and the format 10x_mtx is three. Fix: list them, joined by ;"
+    elif not name.endswith(tuple(SINGLE_FILE_FORMATS.values())):
+        yield (
+            f"{file.name} is of no kind that can be read; expected .h5ad, .h5, either with .gz, or .tar, "
+            ".tar.gz, .tgz or .zip. Fix: convert it, and give the local path"
         )
 
 
@@ -594,8 +724,10 @@ def _without_surplus(row: dict[Any, Any], path: Path) -> dict[str, str]:
     return row
 
 
-def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Source]:
-    path = Path(content["datasets"])
+def _read_table(path: Path, *, may_be_missing: bool) -> list[dict[str, str]]:
+    """Read the rows of the user's table of datasets."""
+    if may_be_missing and not path.is_file():
+        return []
     if not path.is_file():
         raise ConfigError(f"config, datasets: no file {path}. Fix: name the table of datasets")
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -606,9 +738,20 @@ def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict
             f"{path}: found columns {reader.fieldnames}; expected a column dataset. "
             "Fix: separate columns by tabs"
         )
-    table = [_without_surplus(row, path) for row in reader]
+    return [_without_surplus(row, path) for row in reader]
+
+
+def _read_sources(
+    content: Mapping[str, Any], schema: Mapping[str, Any], catalogue: Mapping[str, Entry]
+) -> tuple[dict[str, Source], list[str]]:
+    """Read the rows to run, and those whose responses they use; also what should be said about them."""
+    path = Path(content["datasets"])
+    # The catalogue alone is enough where no table was named.
+    alone = path == Path(DEFAULT_TABLE) and all(name in catalogue for name in content["run"])
+    table = _read_table(path, may_be_missing=alone)
     sources: dict[str, Source] = {}
-    known = [row["dataset"] for row in table]
+    notes: list[str] = []
+    known = list(dict.fromkeys([*(row["dataset"] for row in table), *catalogue]))
     for name in content["overrides"]:
         if name not in known:
             raise ConfigError(f"config, overrides.{name}: expected a dataset of {path}: {', '.join(known)}")
@@ -617,24 +760,43 @@ def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict
         if name in sources:
             continue
         rows = [row for row in table if row["dataset"] == name]
-        if len(rows) != 1:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+        if len(rows) != 1 and (rows or name not in catalogue):
+            hint = _nearest(name, known)
+            listed = ", ".join(row["dataset"] for row in table)
+            public = f", or of the catalogue: {', '.join(catalogue)}" if catalogue else ""
             raise ConfigError(
-                f"{where}: {name} is in {len(rows)} rows of {path}; expected one of {', '.join(known)}.{hint}"
+                f"{where}: {name} is in {len(rows)} rows of {path}; expected one of {listed}{public}. "
+                f"{hint}".rstrip()
             )
-        row = {key: value for key, value in rows[0].items() if value != ""}
-        problems = list(_problems(row, schema, f"{path}, row {name}"))
+        place = f"{path}, row {name}"
+        row = {key: value for key, value in rows[0].items() if value != ""} if rows else {}
+        if name in catalogue:
+            row, note = catalogue[name].merged(row, place)
+            notes += [note] if note else []
+            place = place if rows else f"catalogue, {name}"
+        if "source" not in row:
+            hint = _nearest(name, catalogue)
+            raise ConfigError(
+                f"{place}: 'source' is a required property of all but the public screens of the catalogue: "
+                f"{', '.join(catalogue) or 'none here'}. {hint}".rstrip()
+            )
+        problems = list(_problems(row, schema, place))
         if problems:
             raise ConfigError(_listing(problems))
+        if missing := catalogue[name].unknown_in(row) if name in catalogue else []:
+            raise ConfigError(
+                f"{place}: found no {' and no '.join(missing)}, which the catalogue does not know for this "
+                f"screen ({catalogue[name].notes}). Fix: add a row {name} to {path} with the columns "
+                f"{', '.join(['dataset', *missing])}; all else is taken from the catalogue"
+            )
         row = _with_defaults(row, schema)
         places = {"{data_dir}": content["data_dir"], "{download}": f"{DOWNLOADS}/{name}"}
         for key, value in row.items():
             if key in FILE_COLUMNS:
                 for placeholder, folder in places.items():
                     value = value.replace(placeholder, folder)
-                row[key] = value.removeprefix("file://") if key == "source" else value
-        sources[name] = Source(row)
+                row[key] = value
+        sources[name] = Source(row, place)
         others = sources[name].responses
         if repeated := [other for place, other in enumerate(others) if other in others[:place]]:
             raise ConfigError(
@@ -647,7 +809,7 @@ def _read_sources(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict
             )
         if name in content["run"]:
             wanted += [(other, f"{path}, row {name}, column responses") for other in sources[name].responses]
-    return sources
+    return sources, notes
 
 
 def _read_schema(path: Path) -> dict[str, Any]:

@@ -84,7 +84,12 @@ def _after(snakemake: Any, seconds: float) -> dict[str, Any]:
     """
     record = set(_listed(snakemake.output.get("record", [])))
     return {
-        "outputs": {path: _identity(Path(path)) for path in snakemake.output if path not in record},
+        "outputs": {
+            str(file): _identity(file)
+            for path in snakemake.output
+            if path not in record
+            for file in _files_at(Path(path), inner=True)
+        },
         "device": device_used(),
         "seconds": round(seconds, 2),
         "peak_memory_mb": _peak_memory(),
@@ -134,12 +139,25 @@ def _checksums(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
     recorded: dict[Path, dict[str, Any]] = {}
     for name in dict.fromkeys(paths):
         path = Path(name)
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            if not file.is_file():
-                continue
-            if file.parent not in recorded:
-                recorded[file.parent] = _recorded(file.parent / RECORDS)
-            yield str(file), _checksum(file, recorded[file.parent].get(str(file)))
+        # The record of a folder that a job made lies beside the folder, as that of a file does.
+        for folder in (path.parent, path):
+            if folder not in recorded:
+                recorded[folder] = _recorded(folder / RECORDS)
+        known = recorded[path] | recorded[path.parent]
+        is_made = any(Path(made).is_relative_to(path) for made in recorded[path.parent])
+        for file in _files_at(path, inner=is_made):
+            yield str(file), _checksum(file, known.get(str(file)))
+
+
+def _files_at(path: Path, *, inner: bool) -> list[Path]:
+    """List the files of a folder, with ``inner`` at every depth, or a file itself.
+
+    Left out is the hidden file in which Snakemake keeps the time of a folder.
+    """
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    files = path.rglob("*") if inner else path.iterdir()
+    return sorted(file for file in files if file.is_file() and file.name != ".snakemake_timestamp")
 
 
 def _checksum(file: Path, known: Mapping[str, Any] | None) -> str:

@@ -160,14 +160,17 @@ def jobs_behind(files: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
         if name in seen:
             continue
         seen.add(name)
-        folder = Path(name).parent / RECORDS
-        if folder not in records:
-            records[folder] = records_in(folder)
-        for record in records[folder].values():
-            moved = _translated(record, name)
-            if moved is not None:
-                jobs[_name(moved)] = moved
-                waiting.extend(moved["inputs"])
+        # The record of a file that was unpacked into a folder lies beside that folder, so further up.
+        for parent in Path(name).parents:
+            folder = parent / RECORDS
+            if folder not in records:
+                records[folder] = records_in(folder)
+            found = [moved for record in records[folder].values() if (moved := _translated(record, name))]
+            for record in found:
+                jobs[_name(record)] = record
+                waiting.extend(record["inputs"])
+            if found:
+                break
     return dict(sorted(jobs.items()))
 
 
