@@ -22,7 +22,7 @@ import yaml
 REPO = Path(__file__).resolve().parents[1]
 CONFIGS = REPO / "tests" / "config"
 TINY = CONFIGS / "tiny.yaml"
-TRACKED = ("Snakefile", "workflow", "envs", "profiles", "resources/simulator.json")
+TRACKED = ("Snakefile", "workflow", "envs", "profiles", "resources/simulator.json", "resources/catalogue.tsv")
 
 # The models of the default config, by who writes their predictions.
 BASELINES = (

@@ -307,6 +307,113 @@ def test_sources_know_where_their_files_are(folder):
     assert load().pattern("downloaded") == "(?!)"
 
 
+A, B = "md5:" + "a" * 32, "sha256:" + "b" * 64
+HERE = "resources/datasets/x"
+MTX = ("m_matrix.mtx.gz", "m_genes.tsv.gz", "m_barcodes.tsv.gz")
+CELLS = {"cell_metadata": "{download}/c.csv"}
+GEO = "https://a.org/get/?acc=GSE1&file=m%5F{0}#{0}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "raw", "fetched", "kinds"),
+    [
+        ({"source": "{data_dir}/mine.h5ad"}, "data/mine.h5ad", None, [], ""),
+        ({"source": "file://data/mine.h5ad"}, "data/mine.h5ad", None, [], ""),
+        (
+            {"source": "data/mine.h5ad", "checksum": A},
+            f"{HERE}/mine.h5ad",
+            None,
+            [("mine.h5ad", "data/mine.h5ad", A)],
+            "downloaded",
+        ),
+        (
+            {"source": "https://a.org/files/77#a.h5", "checksum": B},
+            f"{HERE}/a.h5",
+            None,
+            [("a.h5", "https://a.org/files/77#a.h5", B)],
+            "downloaded",
+        ),
+        (
+            {"source": "https://a.org/a.h5ad.gz"},
+            f"{HERE}/unpacked/a.h5ad",
+            None,
+            [("a.h5ad.gz", "https://a.org/a.h5ad.gz", "")],
+            "downloaded unpacked_file",
+        ),
+        (
+            {"source": "https://a.org/a.tar.gz", "format": "h5ad"},
+            f"{HERE}/unpacked/a.h5ad",
+            None,
+            [("a.tar.gz", "https://a.org/a.tar.gz", "")],
+            "downloaded unpacked_file",
+        ),
+        (
+            {"source": "https://a.org/a.h5ad.zip", "format": "h5ad"},
+            f"{HERE}/unpacked/a.h5ad",
+            None,
+            [("a.h5ad.zip", "https://a.org/a.h5ad.zip", "")],
+            "downloaded unpacked_file",
+        ),
+        (
+            {"source": "https://a.org/a.zip; data/c.csv", "checksum": f";{A}", **CELLS},
+            f"{HERE}/unpacked",
+            None,
+            [("a.zip", "https://a.org/a.zip", ""), ("c.csv", "data/c.csv", A)],
+            "downloaded unpacked_folder",
+        ),
+        (
+            {"source": "https://a.org/a.tar;https://a.org/b.tgz", "checksum": f"{A};"},
+            f"{HERE}/unpacked",
+            None,
+            [("a.tar", "https://a.org/a.tar", A), ("b.tgz", "https://a.org/b.tgz", "")],
+            "downloaded unpacked_folder",
+        ),
+        (
+            {"source": ";".join(GEO.format(name) for name in MTX)},
+            HERE,
+            [f"{HERE}/{name}" for name in MTX],
+            [(name, GEO.format(name), "") for name in MTX],
+            "downloaded",
+        ),
+        (
+            {"source": "https://a.org/a.h5ad;https://a.org/g.csv", "guide_table": "{download}/g.csv"},
+            f"{HERE}/a.h5ad",
+            None,
+            [("a.h5ad", "https://a.org/a.h5ad", ""), ("g.csv", "https://a.org/g.csv", "")],
+            "downloaded",
+        ),
+    ],
+)  # fmt: skip
+def test_files_of_a_row_and_what_is_read_of_them(folder, fields, path, raw, fetched, kinds):
+    (folder / "data/c.csv").touch()
+    lines = ["\t".join(["dataset", *fields]), "\t".join(["x", *fields.values()])]
+    (folder / "config/datasets.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = load(run=["x"])
+    source = config.source("x")
+    assert source.path == source.screen["path"] == path
+    assert source.raw_files == (raw or [path])
+    files = {name: source.file(name) for name, *_ in fetched}
+    assert [(name, file.address, file.checksum) for name, file in files.items()] == fetched
+    made = [f"{HERE}/{name}" for name, *_ in fetched]
+    assert source.downloads == made + ([path] if "unpacked" in path else [])
+    found = [
+        k for k in ("simulated", "downloaded", "unpacked_file", "unpacked_folder") if config.pattern(k) == "x"
+    ]
+    assert found == kinds.split()
+    names = [name for name in (*MTX, "mine.h5ad", "unpacked") if re.fullmatch(config.file_pattern(), name)]
+    assert names == [name for name, *_ in fetched if name in (*MTX, "mine.h5ad")]
+
+
+def test_a_list_of_genes_that_two_screens_share_makes_them_not_the_same(folder):
+    genes, one, two = (f"https://a.org/{name}" for name in ("genes.tsv", "one.mtx", "two.mtx"))
+    rows = {"demo": f"{one};{genes}", "other": f"{genes};{two}"}
+    with_responses(folder, ("demo", rows["demo"], "other"), ("other", rows["other"], ""))
+    assert load().source("demo").responses == ["other"]
+    with_responses(folder, ("demo", rows["demo"], "other"), ("other", f"{rows['other']};{one}", ""))
+    with pytest.raises(ConfigError, match="other is the same screen"):
+        load()
+
+
 def with_responses(folder, *rows):
     """Write a table whose rows are dataset, source and responses."""
     lines = ["dataset\tsource\tresponses", *("\t".join(row) for row in rows)]
@@ -785,12 +892,73 @@ def test_all_problems_are_told_at_once(folder):
         ),
         (
             "dataset\tsource\ndemo\thttps://a.org/matrix.mtx.gz\n",
-            r"row demo, column source: matrix\.mtx\.gz is not an \.h5ad",
+            r"row demo, column source: matrix\.mtx\.gz alone is no screen\. Fix: list all its files, joined",
         ),
         (
-            f"dataset\tsource\tchecksum\ndemo\tdata/mine.h5ad\tmd5:{'0' * 32}\n",
-            r"row demo, column checksum: data/mine\.h5ad is not fetched, so nothing checks its sum",
+            "dataset\tsource\ndemo\thttps://a.org/screen.rds\n",
+            r"screen\.rds is of no kind that can be read; expected \.h5ad, \.h5, either with \.gz, or \.tar",
         ),
+        (
+            "dataset\tsource\tformat\ndemo\thttps://a.org/screen.h5ad\t10x_mtx\n",
+            r"screen\.h5ad is one file, and the format 10x_mtx is three",
+        ),
+        (
+            "dataset\tsource\ndemo\tftp://a.org/screen.h5ad\n",
+            r"column source: ftp://a\.org/screen\.h5ad starts with ftp://; expected https://, http:// or",
+        ),
+        (
+            "dataset\tsource\ndemo\thttps://a.org/%2e%2e%2fevil.h5ad\n",
+            r"https://a\.org/%2e%2e%2fevil\.h5ad does not end in a plain file name",
+        ),
+        (
+            "dataset\tsource\ndemo\thttps://a.org/123#../evil.h5ad\n",
+            r"123#\.\./evil\.h5ad does not end in a plain file name .*one after #, such as https://a\.org/123#",
+        ),
+        (
+            "dataset\tsource\ndemo\thttps://a.org/.hidden.h5ad\n",
+            r"https://a\.org/\.hidden\.h5ad does not end in a plain file name",
+        ),
+        (
+            "dataset\tsource\ndemo\thttps://a.org/x.h5ad.part\n",
+            r"x\.h5ad\.part is the name of a file of our own",
+        ),
+        (
+            "dataset\tsource\ndemo\thttps://a.org/provenance\n",
+            r"column source: provenance is the name of a file of our own",
+        ),
+        (
+            "dataset\tsource\ndemo\thttps://a.org/1#a.mtx;https://a.org/2#A.mtx\n",
+            r"column source: A\.mtx is there twice; expected files of different names",
+        ),
+        (
+            f"dataset\tsource\tchecksum\ndemo\thttps://a.org/x.h5ad\tmd5:{'0' * 32};md5:{'0' * 32}\n",
+            r"column checksum: found 2 for 1 files; expected one for each in their order, joined by ;",
+        ),
+        (
+            f"dataset\tsource\tchecksum\ndemo\tdata\tmd5:{'0' * 32}\n",
+            r"column source: data is a folder, which has no checksum and goes with no other file",
+        ),
+        (
+            "dataset\tsource\ndemo\tdata/lost.tar.gz\n",
+            r"row demo, column source: no file data/lost\.tar\.gz",
+        ),
+        (
+            "dataset\tsource\tguide_table\ndemo\thttps://a.org/g.csv\t{download}/g.csv\n",
+            r"column source: found tables alone; expected the counts of the screen",
+        ),
+        (
+            "dataset\tsource\tguide_table\ndemo\thttps://a.org/x.h5ad\t{download}/g.csv\n",
+            r"column guide_table: found resources/datasets/demo/g\.csv, which is not among .* \(x\.h5ad\)",
+        ),
+        (
+            "dataset\tsource\ndemo\thttps://a.org/x.tar;https://a.org/g.csv\n",
+            r"found g\.csv beside an archive; expected archives alone, or other files .*\{download\}/g\.csv",
+        ),
+        (
+            "dataset\tsource\ndemo\thttps://a.org/x.h5ad.gz;https://a.org/y.h5ad\n",
+            r"found x\.h5ad\.gz beside other files; expected it alone, or decompressed",
+        ),
+        ("dataset\tsource\ndemo\t;\n", r"column source: found ';'; expected a file, folder or address"),
         (
             "dataset\tsource\tpathways\ndemo\tsimulator\tdata/mine.h5ad;data/mine.h5ad\n",
             "pathways: expected one GMT",

@@ -13,7 +13,7 @@ rule download:
         "logs/{dataset}/download/{file}.log",
     wildcard_constraints:
         dataset=CONFIG.pattern("downloaded"),
-        file="[^/]+",
+        file=CONFIG.file_pattern(),
     conda:
         "../../envs/download.yaml"
     threads: 1

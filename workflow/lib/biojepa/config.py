@@ -381,6 +381,12 @@ class Config:
         wanted = f"is_{'staged' if kind == 'downloaded' else kind}"
         return "|".join(name for name, source in self.sources.items() if getattr(source, wanted)) or "(?!)"
 
+    def file_pattern(self) -> str:
+        """Regular expression of the names of files that are fetched or linked; matches none if none is."""
+        sources = (source for source in self.sources.values() if source.is_staged)
+        names = {re.escape(file.name) for source in sources for file in source.files}
+        return "|".join(sorted(names)) or "(?!)"
+
     @cached_property
     def _resolved(self) -> dict[str, dict[str, Any]]:
         overrides = self.content["overrides"]

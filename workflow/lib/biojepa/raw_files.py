@@ -94,8 +94,8 @@ def listed_files(source: str, checksum: str = "") -> tuple[RawFile, ...]:
 def _raw_file(address: str, checksum: str) -> RawFile:
     if address.startswith(("http://", "https://")):
         parts = urlsplit(address)
-        name = unquote(parts.fragment) if parts.fragment else unquote(parts.path).rpartition("/")[2]
-        return RawFile(address, name, checksum)
+        # Decoded after the split, so that an encoded slash shows and is refused.
+        return RawFile(address, unquote(parts.fragment or parts.path.rpartition("/")[2]), checksum)
     path = local_path(address)
     return RawFile(path, Path(path).name, checksum)
 
