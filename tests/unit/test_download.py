@@ -233,6 +233,16 @@ def test_a_body_shorter_than_promised_is_no_file(server, target):
     assert not target.exists()
 
 
+def test_a_length_that_is_too_short_is_found_by_the_checksum(server, target):
+    server.headers = {"Content-Length": str(len(CONTENT) - 10)}
+    with pytest.raises(InputError, match=r"found checksum sha256:.* \(1\.05 MB\) from"):
+        fetch(server, target)
+    assert names(target) == []
+    server.headers = {}
+    fetch(server, target)
+    assert target.read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize("status", [202, 200])
 def test_an_empty_answer_is_no_file(server, target, status):
     server.statuses = [status] * 3
