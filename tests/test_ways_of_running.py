@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -132,22 +133,26 @@ def imported(python, *modules):
 
 @pytest.fixture(scope="module")
 def downloaded(by_conda, tmp_path_factory):
-    """Fetch a file from a server on this machine by the rule download, in its environment."""
+    """Fetch and unpack an archive from a server on this machine, in the environment of the downloads."""
     served = tmp_path_factory.mktemp("served")
-    (served / "screen.h5ad").write_bytes(b"any content: the rule after this one reads it")
-    folder = tmp_path_factory.mktemp("downloaded")
-    pipeline = Pipeline(by_conda.pipeline.checkout, folder)
+    content = b"any content: the rule after these reads it"
+    with zipfile.ZipFile(served / "screen.zip", "w") as archive:
+        archive.writestr("screen.h5ad", content)
+    found = []
     with serve(served) as address:
-        table = f"dataset\tsource\ntiny\t{address}/screen.h5ad\n"
-        (folder / "config" / "datasets.tsv").write_text(table, encoding="utf-8")
-        answer = replace(by_conda, pipeline=pipeline).run("resources/datasets/tiny/screen.h5ad")
-    assert answer.returncode == 0, answer.stdout
-    return (served / "screen.h5ad").read_bytes(), (
-        folder / "resources/datasets/tiny/screen.h5ad"
-    ).read_bytes()
+        # With and without a format that is one file: the only one of the archive, or a folder.
+        for form, path in (("h5ad", "unpacked/screen.h5ad"), ("10x_mtx", "unpacked")):
+            folder = tmp_path_factory.mktemp("downloaded")
+            table = f"dataset\tsource\tformat\ntiny\t{address}/screen.zip\t{form}\n"
+            pipeline = Pipeline(by_conda.pipeline.checkout, folder)
+            (folder / "config" / "datasets.tsv").write_text(table, encoding="utf-8")
+            answer = replace(by_conda, pipeline=pipeline).run(f"resources/datasets/tiny/{path}")
+            assert answer.returncode == 0, answer.stdout
+            found.append((folder / "resources/datasets/tiny/unpacked/screen.h5ad").read_bytes())
+    return [content] * 2, found
 
 
-def test_a_file_is_fetched_in_the_environment_of_the_download(downloaded):
+def test_files_are_fetched_and_unpacked_in_the_environment_of_the_downloads(downloaded):
     sent, fetched = downloaded
     assert fetched == sent
 
@@ -156,7 +161,11 @@ def test_every_rule_was_run_in_an_environment(by_conda, downloaded):
     rules = set()
     for path in (by_conda.pipeline.checkout / "workflow" / "rules").glob("*.smk"):
         rules |= set(re.findall(r"^(?:use )?rule (?:\w+ as )?(\w+)", path.read_text("utf-8"), re.MULTILINE))
-    ran = set(re.findall(r"^(?:local)?rule (\w+):$", by_conda.said, re.MULTILINE)) | {"download"}
+    ran = set(re.findall(r"^(?:local)?rule (\w+):$", by_conda.said, re.MULTILINE)) | {
+        "download",
+        "unpack",
+        "unpack_file",
+    }
     assert len(rules) > 15 and rules - ran == NOT_RUN
 
 
