@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import tarfile
+import threading
 
 import anndata as ad
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from scipy import sparse
 from scipy.io import mmwrite
 
+from broken_server import CONTENT, running
 from workflow_case import Pipeline, files_below, serve
 
 GENES = [f"G{i:02d}" for i in range(40)]
@@ -224,9 +226,6 @@ def test_a_changed_local_file_is_verified_again(run):
     assert re.search(r"data/screen\.h5ad: found checksum md5:\w+ .*put the right file there", answer.stdout)
 
 
-TABLE = "dataset\tsource\n"
-
-
 @pytest.fixture
 def pipeline(checkout, tmp_path):
     return Pipeline(checkout, tmp_path)
@@ -257,3 +256,33 @@ def test_a_row_that_hides_or_completes_a_public_screen_is_said_once(pipeline):
         "config/datasets.tsv, row papalexi2021: has a source, so it is used and papalexi2021 of the",
     ):
         assert answer.stdout.count(said) == 1
+
+
+def test_the_same_command_continues_an_interrupted_download(pipeline):
+    with running() as server:
+        digest = hashlib.sha256(CONTENT).hexdigest()
+        table = f"dataset\tsource\tchecksum\nweb\t{server.url}\tsha256:{digest}\n"
+        (pipeline.folder / "config/datasets.tsv").write_text(table, encoding="utf-8")
+        server.break_after, server.statuses_after_break = [500_000], [404]
+        broken = pipeline.run("downloaded", config={"run": ["web"]}, base=None)
+        assert broken.returncode != 0 and "HTTP 404" in broken.stdout
+        folder = pipeline.folder / FETCHED / "web"
+        assert files_below(folder) == {"screen.h5ad.part", "screen.h5ad.part.etag"}
+        kept = (folder / "screen.h5ad.part").stat().st_size
+        assert 0 < kept <= 500_000
+        done = pipeline.run("downloaded", config={"run": ["web"]}, base=None)
+        assert done.returncode == 0, done.stdout
+        assert server.asked("Range") == [None, f"bytes={kept}-", f"bytes={kept}-"]
+    assert (folder / "screen.h5ad").read_bytes() == CONTENT
+    assert files_below(folder) == {"screen.h5ad", "provenance/screen.h5ad.json"}
+
+
+def test_screens_are_fetched_side_by_side(pipeline):
+    with running() as server:
+        server.wait_for = threading.Barrier(2, timeout=60)
+        rows = "".join(f"{name}\t{server.url}\n" for name in ("one", "two"))
+        (pipeline.folder / "config/datasets.tsv").write_text(f"dataset\tsource\n{rows}", encoding="utf-8")
+        done = pipeline.run("downloaded", config={"run": ["one", "two"]}, base=None, cores=2)
+        # Each answer waited until the other file was asked for.
+        assert done.returncode == 0 and not server.wait_for.broken, done.stdout
+    assert all((pipeline.folder / FETCHED / name / "screen.h5ad").is_file() for name in ("one", "two"))

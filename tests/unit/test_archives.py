@@ -171,7 +171,12 @@ def test_an_encrypted_member_refuses_a_zip(tmp_path, folder):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("name", ["a.tar", "a.zip"])
 @pytest.mark.parametrize(
-    ("members", "what"), [(["x/A", "x/a"], "is there twice"), (["x", "x/a"], "is a file and a folder")]
+    ("members", "what"),
+    [
+        (["x/A", "x/a"], "is there twice"),
+        (["x/a", "x/A"], "is there twice"),
+        (["x", "x/a"], "is a file and a folder"),
+    ],
 )
 def test_members_in_each_others_place_refuse_an_archive(tmp_path, folder, name, members, what):
     archive = write(tmp_path / name, dict.fromkeys(members, b"1"))

@@ -923,8 +923,8 @@ def test_all_problems_are_told_at_once(folder):
             r"x\.h5ad\.part is the name of a file of our own",
         ),
         (
-            "dataset\tsource\ndemo\thttps://a.org/provenance\n",
-            r"column source: provenance is the name of a file of our own",
+            "dataset\tsource\ndemo\thttps://a.org/Unpack\n",
+            r"column source: Unpack is the name of a file of our own",
         ),
         (
             "dataset\tsource\ndemo\thttps://a.org/1#a.mtx;https://a.org/2#A.mtx\n",

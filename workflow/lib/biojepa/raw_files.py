@@ -19,8 +19,8 @@ DECOMPRESSED = (".h5ad.gz", ".h5.gz")
 SINGLE_FILE_FORMATS = {"h5ad": ".h5ad", "10x_h5": ".h5"}
 """Formats whose screen is one file, and the suffix of that file."""
 IN_SEVERAL_FILES = (".mtx", ".tsv", ".csv", ".txt")
-# Names of our own beside the files of a screen.
-RESERVED_NAMES = ("provenance", "unpacked")
+# Names of our own beside the files of a screen, and of their records and logs.
+RESERVED_NAMES = ("provenance", "unpacked", "unpack", "simulate")
 RESERVED_SUFFIXES = (".part", ".etag", ".sha256", ".partial")
 PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
