@@ -130,7 +130,7 @@ class Work:
         return str(path)
 
     def job(self, rule, sources, made, wildcards=None, params=None, **facts):
-        """Run a job that writes some files, name to text; return the path of its record."""
+        """Run a job that writes files, name to text, or folders of them; return the path of its record."""
         outputs = [str(self.folder / name) for name in made]
         record = str(Path(outputs[0]).parent / "provenance" / f"{rule}.json")
         listed = Namedlist([*outputs, record])
@@ -146,8 +146,10 @@ class Work:
             log=[str(self.folder / f"{rule}.log")],
         )
         with recorded_job(snakemake) as known:
-            for path, text in zip(outputs, made.values(), strict=True):
-                self.write(Path(path).relative_to(self.folder), text)
+            for path, content in zip(outputs, made.values(), strict=True):
+                inner = content.items() if isinstance(content, dict) else [("", content)]
+                for name, text in inner:
+                    self.write(Path(path, name).relative_to(self.folder), text)
             known.update(facts)
         return Path(record)
 
@@ -204,6 +206,24 @@ def test_every_file_of_an_input_folder_is_recorded(work):
     record = work.job("preprocess", [str(work.folder / "raw"), files[0]], {"cells.h5ad": "x"})
     inputs = json.loads(record.read_text(encoding="utf-8"))["inputs"]
     assert inputs == {path: sha256(Path(path).name) for path in files}
+
+
+def test_a_folder_that_a_job_made_is_recorded_and_followed_at_every_depth(work, monkeypatch):
+    archive = work.write("raw/a.tar", "archive")
+    content = {"one/matrix.mtx": "1", "two/matrix.mtx": "2", ".snakemake_timestamp": ""}
+    unpack = work.job("unpack", [archive], {"raw/unpacked": content})
+    assert unpack == work.folder / "raw/provenance/unpack.json"
+    folder = work.folder / "raw/unpacked"
+    digests = {str(folder / name): sha256(text) for name, text in content.items() if text}
+    outputs = json.loads(unpack.read_text(encoding="utf-8"))["outputs"]
+    assert {path: made["sha256"] for path, made in outputs.items()} == digests
+    read = []
+    monkeypatch.setattr("biojepa.jobs.sha256_of", lambda path: read.append(Path(path).name) or sha256("x"))
+    record = work.job("preprocess", [str(folder)], {"preprocess/cells.h5ad": "x"})
+    assert json.loads(record.read_text(encoding="utf-8"))["inputs"] == digests
+    # The sums of the inputs came from the record of the job that made them.
+    assert read == ["cells.h5ad"]
+    assert list(jobs_behind([work.folder / "preprocess/cells.h5ad"])) == ["preprocess", "unpack"]
 
 
 def test_a_recorded_input_is_read_again_only_if_it_has_changed(work, monkeypatch):
