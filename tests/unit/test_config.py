@@ -669,6 +669,7 @@ def test_a_folder_is_read_file_by_file(folder):
     ("change", "message"),
     [
         ({"trian": {}}, r"^config: unknown key trian\. Did you mean train\?$"),
+        ({"dataset": "norman2019"}, r"unknown key dataset\. Did you mean run: \[norman2019\]\?$"),
         ({"pair": {"nfolds": 3}}, r"^config, key pair: unknown key pair\.nfolds\. Did you mean n_folds\?$"),
         ({"embed": {"zzz": 1}}, r"unknown key embed\.zzz\. Known keys: umap_seed\."),
         (

@@ -841,6 +841,8 @@ def _described(error: jsonschema.ValidationError, where: str) -> Iterator[str]:
         allowed = list(schema.get("properties", {}))
         for name in (name for name in error.instance if name not in allowed):
             hint = _nearest(name, allowed) or f"Known keys: {', '.join(allowed)}."
+            if name == "dataset" and "run" in allowed:
+                hint = f"Did you mean run: [{error.instance[name]}]?"
             yield f"{place}: unknown key {f'{key}.{name}' if key else name}. {hint}"
     elif error.validator == "enum":
         hint = _nearest(error.instance, error.validator_value)
