@@ -343,7 +343,7 @@ def test_the_script_joins_the_folds_and_uses_the_threads_of_the_model(tmp_path, 
     write_tsv(pd.DataFrame(columns=list(TRUST_COLUMNS)), tmp_path / "trust.tsv")
     names = {"metrics": "metrics.tsv", "summary": "summary.tsv", "model": "model.pt", "pairs": "pairs.h5"}
     names["trust"] = "trust.tsv"
-    source = {name: str(tmp_path / file) for name, file in names.items()}
+    source = {name: str(tmp_path / file) for name, file in names.items()} | {"requests": []}
     params = {"settings": {}, "device": "cpu", "model": "biojepa", "seed": 0, "predict": ["NEW"]}
     output = {"predictions": tmp_path / "predictions.h5ad", "table": tmp_path / "predictions.tsv"}
     script.main(

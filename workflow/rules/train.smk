@@ -73,7 +73,9 @@ use rule baselines as other_screen with:
         pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
         responses=get_responses,
     output:
-        predictions=f"results/{{dataset}}/{{split}}/fold{{fold}}/{OTHER_SCREEN}/seed0/embed/predictions.h5ad",
+        predictions=[
+            f"results/{{dataset}}/{{split}}/fold{{fold}}/{OTHER_SCREEN}/seed0/embed/predictions.h5ad"
+        ],
         record=f"results/{{dataset}}/{{split}}/fold{{fold}}/{OTHER_SCREEN}/seed0/embed/provenance/other_screen.json",
     log:
         "logs/{dataset}/{split}/fold{fold}/other_screen.log",

@@ -42,7 +42,7 @@ def main(snakemake) -> None:
     predictions = predict_perturbations(
         model,
         read_pairs(source.pairs),
-        read_requests(requests_from(params.predict, source.get("requests", []))),
+        read_requests(requests_from(params.predict, source.requests)),
         held_out,
         settings.min_perturbations,
         Expectation.of(read_tsv(source.trust, dtype={PERTURBATION: str, CATEGORY: str}), settings),
