@@ -146,6 +146,8 @@ rule umap:
         record="results/{dataset}/{split}/fold{fold}/{model}/seed{seed}/embed/provenance/umap.json",
     log:
         "logs/{dataset}/{split}/fold{fold}/{model}/seed{seed}/umap.log",
+    # Half a minute of a single thread, which should not be what the report waits for at the end.
+    priority: 1
     conda:
         "../../envs/umap.yaml"
     threads: 1

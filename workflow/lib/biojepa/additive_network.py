@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from biojepa.optimizers import FusedAdamW
+
 log = logging.getLogger(__name__)
 
 
@@ -154,7 +156,8 @@ class _Network:
         """Descend on the training labels; keep the weights that were best on the validation labels."""
         codes, wanted = torch.tensor(membership), torch.tensor(targets)
         held_codes, held = torch.tensor(validation_membership), torch.tensor(validation_targets)
-        optimizer = torch.optim.Adam(self.weights, lr=settings.learning_rate)
+        group = {"params": self.weights, "lr": settings.learning_rate, "weight_decay": 0.0}
+        optimizer = FusedAdamW([group], betas=(0.9, 0.999))  # without decay, that is Adam
 
         def step() -> None:
             loss = ((codes @ self.of_genes() - wanted) ** 2).sum(dim=1).mean()

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from biojepa.optimizers import LBFGS
+
 JITTER = 1e-6
 # A thousand times the variance of the targets: a trial step of the search beyond it would leave a kernel
 # that the jitter cannot keep positive definite.
@@ -131,7 +133,7 @@ class AdditiveKernelRidge:
             ridge = weights[-1] * diagonal + JITTER
             return (weights[:-1, None, None] * parts).sum(dim=0) + torch.diag(ridge)
 
-        optimizer = torch.optim.LBFGS([log_weights], max_iter=100, line_search_fn="strong_wolfe")
+        optimizer = LBFGS([log_weights], max_iter=100, line_search_fn="strong_wolfe")
 
         def negative_log_likelihood() -> torch.Tensor:
             optimizer.zero_grad()

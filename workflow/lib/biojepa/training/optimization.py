@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from biojepa.errors import InputError
 from biojepa.hardware import machine_has_gpu
+from biojepa.optimizers import FusedAdamW
 from biojepa.training.distributed import average_gradients, is_main, local_device_index, world_size
 from biojepa.training.tracking import Tracker
 
@@ -45,91 +46,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup_share: float = 0.1)
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-class FusedAdamW:
-    """AdamW (Loshchilov & Hutter, ICLR 2019) by torch's fused kernel: the steps of ``torch.optim.AdamW``.
-
-    The first optimizer that torch makes imports its compiler, which takes longer than some trainings of
-    a test and a second or two in any case, and each step passes through hooks that nobody set. The kernel
-    is the same, so are the numbers.
-
-    Parameters
-    ----------
-    groups
-        Dictionaries with ``params`` and ``weight_decay``.
-    betas, eps
-        Of the moments.
-    """
-
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-    ) -> None:
-        self.param_groups = [{"lr": 0.0, **group, "params": list(group["params"])} for group in groups]
-        self.betas, self.eps = betas, eps
-        self._state: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """All parameters, group by group."""
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for p in self.parameters:
-            p.grad = None
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Move all parameters that have a gradient."""
-        for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            if not moved:
-                continue
-            for p in moved:
-                if p not in self._state:
-                    self._state[p] = _fresh_state(p)
-            averages, squares, steps = map(list, zip(*(self._state[p] for p in moved), strict=True))
-            torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
-                moved,
-                [p.grad for p in moved],
-                averages,
-                squares,
-                [],
-                steps,
-                lr=group["lr"],
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                weight_decay=group["weight_decay"],
-                eps=self.eps,
-                amsgrad=False,
-                maximize=False,
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Moments and steps by position of the parameter."""
-        return {"state": {i: list(self._state[p]) for i, p in self._numbered() if p in self._state}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over :meth:`state_dict`, on the devices of the parameters."""
-        found = state["state"]
-        self._state = {
-            p: tuple(part.to(p.device, copy=True) for part in found[i])  # type: ignore[misc]
-            for i, p in self._numbered()
-            if i in found
-        }
-
-    def _numbered(self) -> list[tuple[int, Tensor]]:
-        return list(enumerate(self.parameters))
-
-
-def _fresh_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First moment, second moment, steps."""
-    return torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)
 
 
 def make_optimizer(modules: Iterable[nn.Module], weight_decay: float) -> FusedAdamW:
