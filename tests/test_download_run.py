@@ -258,6 +258,7 @@ def test_a_row_that_hides_or_completes_a_public_screen_is_said_once(pipeline):
         assert answer.stdout.count(said) == 1
 
 
+@pytest.mark.slow
 def test_the_same_command_continues_an_interrupted_download(pipeline):
     with running() as server:
         digest = hashlib.sha256(CONTENT).hexdigest()
@@ -277,6 +278,7 @@ def test_the_same_command_continues_an_interrupted_download(pipeline):
     assert files_below(folder) == {"screen.h5ad", "provenance/screen.h5ad.json"}
 
 
+@pytest.mark.slow
 def test_screens_are_fetched_side_by_side(pipeline):
     with running() as server:
         server.wait_for = threading.Barrier(2, timeout=60)

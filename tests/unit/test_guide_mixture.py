@@ -24,7 +24,7 @@ from biojepa.guides.mixture import (
 )
 from biojepa.preprocess import PreprocessSettings
 from biojepa.preprocess.annotate import annotate_cells, guide_targets
-from biojepa.raw import GUIDE_COUNTS, GUIDE_NAMES, ScreenSource, read_screen
+from biojepa.raw import GUIDE_COUNTS, GUIDE_NAMES, RawScreen, ScreenSource, read_screen
 
 COUNTS = np.arange(1.0, 5_000.0)
 
@@ -330,7 +330,7 @@ def test_preprocess_calls_guides_by_the_mixture():
     screen.uns[GUIDE_NAMES] = np.array(["NT_g1", "A_g1", "B_g1", "C_g1"], dtype=object)
     source = ScreenSource("toy", "toy.h5ad", control_label="NT", label_pattern="_g1$")
     settings = PreprocessSettings.from_mapping({"guide_assignment": {"method": "mixture", "max_guides": 1}})
-    found = annotate_cells(screen, source, settings.guide_assignment).obs
+    found = annotate_cells(RawScreen.of(screen), source, settings.guide_assignment).obs
     truth = np.array(["control", "A", "B", "C"])[case.carried.argmax(axis=1)]
     alone = (found["status"] == "assigned").to_numpy()
     assert alone.mean() > 0.9
