@@ -14,8 +14,8 @@ from scipy.io import mmwrite
 
 from biojepa.errors import InputError
 from biojepa.raw import RawScreen, ScreenSource, open_screen, read_screen, require_column
+from biojepa.raw.counts import holds_counts, to_counts
 from biojepa.raw.matrix import CompressedRows, spans, take_rows
-from biojepa.raw.read import holds_counts, to_counts
 
 COUNTS = np.array([[0, 3, 1, 0], [2, 0, 0, 5], [0, 0, 7, 1]])
 GENES = ["KLF1", "SET", "STAT1", "MT-CO1"]
@@ -361,7 +361,7 @@ def test_incomplete_and_damaged_folders_are_refused(tmp_path):
     matrix = tmp_path / "run" / "matrix.mtx.gz"
     whole = matrix.read_bytes()
     matrix.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"cannot be read.*fetch them again"):
+    with pytest.raises(InputError, match=r"matrix\.mtx\.gz: found a file that cannot be read"):
         read_screen(source)
     matrix.unlink()
     with pytest.raises(InputError, match=r"0 files that end in matrix\.mtx"):
@@ -395,12 +395,34 @@ def test_cell_metadata_is_joined_by_barcode_and_not_by_order(tmp_path):
     assert obs["perturbation"].tolist() == ["KLF1", "control", "SET"]
 
 
-def test_barcodes_missing_from_cell_metadata_are_counted(tmp_path):
+@pytest.mark.parametrize("entries", [1, None])
+@pytest.mark.parametrize("layout", ["dense", "csr", "csc"])
+def test_barcodes_without_a_row_in_cell_metadata_are_left_out_and_counted(tmp_path, layout, entries):
     table = tmp_path / "cells.csv"
-    table.write_text("barcode,batch\nAAA-1,1\n")
+    table.write_text("cell_barcode,batch\nTTT-1,9\nGGG-1,2\nAAA-1,1\n")
+    adata = screen()
+    kinds = {"dense": np.asarray, "csr": sparse.csr_matrix, "csc": sparse.csc_matrix}
+    adata.X = kinds[layout](COUNTS.astype(np.float32))
+    source = replace(write(adata, tmp_path), cell_metadata=str(table))
+    with open_screen(source, tmp_path, entries) as opened:
+        blocks = list(opened.blocks())
+        np.testing.assert_array_equal(opened.take(np.array([1])).toarray(), COUNTS[[2]])
+        last = list(opened.blocks(np.array([False, True])))
+    assert [first for first, _, _ in blocks] == ([0] if entries is None else [0, 1])
+    assert last[-1][0] == blocks[-1][0]
+    np.testing.assert_array_equal(np.vstack([genes.toarray() for _, genes, _ in blocks]), COUNTS[[0, 2]])
+    assert opened.obs["batch"].tolist() == [1, 2]
+    assert opened.obs.index.tolist() == ["AAA-1", "GGG-1"]
+    assert opened.left_out == {"not_in_cell_metadata": (1, "barcodes without a row in cells.csv: no cells")}
+    assert "1 of 3 rows of cells.csv are no barcode of the matrix" in opened.notes
+
+
+def test_a_table_of_other_cells_is_refused(tmp_path):
+    table = tmp_path / "cells.csv"
     source = replace(write(screen(), tmp_path), cell_metadata=str(table))
+    table.write_text("barcode,batch\nAAA-1-b2,1\n")
     with pytest.raises(
-        InputError, match=r"cells\.csv.*2 of 3 barcodes of the matrix missing, such as 'CCC-1'"
+        InputError, match=r"none of the 3 barcodes of the matrix, such as 'AAA-1' .*has 1, such as 'AAA-1-b2'"
     ):
         read_screen(source)
     table.write_text("barcode,batch\nAAA-1,1\nAAA-1,2\n")

@@ -7,6 +7,8 @@ rule preprocess:
         raw=get_raw,
         cell_metadata=get_table("cell_metadata"),
         guide_table=get_table("guide_table"),
+        guide_counts=get_table("guide_counts"),
+        guide_calls=get_table("guide_calls"),
     output:
         cells="results/{dataset}/preprocess/cells.h5ad",
         qc="results/{dataset}/preprocess/qc.tsv",

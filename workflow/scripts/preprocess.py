@@ -19,6 +19,8 @@ from biojepa.jobs import recorded_job
 from biojepa.preprocess import PreprocessSettings, preprocess_file
 from biojepa.raw import ScreenSource
 
+TABLES = ("cell_metadata", "guide_table", "guide_counts", "guide_calls")
+
 
 def preprocess(
     checksums: Mapping[str, str],
@@ -44,8 +46,9 @@ def found_at(
     tables_found = {name: files[0] for name, files in tables.items() if files}
     if not raw:  # a folder without files, of which the reader says what it misses
         return {**source, **tables_found}
-    first = Path(raw[0])
-    path = first if first.name == Path(source["path"]).name else first.parent
+    # The files of several samples lie in folders of their own, so the end of the path is looked for upwards.
+    first, end = Path(raw[0]), Path(source["path"]).parts
+    path = next((place for place in (first, *first.parents) if place.parts[-len(end) :] == end), first.parent)
     return {**source, "path": str(path), **tables_found}
 
 
@@ -57,7 +60,7 @@ def listed(files: str | Iterable[str]) -> list[str]:
 if __name__ == "__main__":
     with recorded_job(snakemake) as record:
         raw = listed(snakemake.input.raw)
-        tables = {name: listed(getattr(snakemake.input, name)) for name in ("cell_metadata", "guide_table")}
+        tables = {name: listed(getattr(snakemake.input, name)) for name in TABLES}
         preprocess(
             checksums={Path(path).name: digest for path, digest in record["inputs"].items()},
             source=found_at(snakemake.params.source, raw, tables),

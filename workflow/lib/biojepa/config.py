@@ -38,6 +38,7 @@ from biojepa.raw_files import (
     listed_files,
     unusable_file_names,
 )
+from biojepa.sample_files import find_samples
 from biojepa.sizes import with_named_sizes
 from biojepa.user_models import UserModel, unusable_names
 
@@ -49,6 +50,8 @@ FILE_COLUMNS = (
     "source",
     "cell_metadata",
     "guide_table",
+    "guide_counts",
+    "guide_calls",
     "networks",
     "gene_sets",
     "gene_tables",
@@ -175,13 +178,15 @@ class Source:
         """Files that hold the screen: one, or those of a folder; a folder that is still to be unpacked."""
         path = Path(self.path)
         if not self.is_simulated and not self.is_staged and path.is_dir():
-            return sorted(file.as_posix() for file in path.iterdir() if file.is_file())
+            samples, _ = find_samples(path)
+            files = [file for sample in samples for file in sample.files]
+            return sorted({file.as_posix() for file in files or path.iterdir() if file.is_file()})
         if self.path == self.folder:
             return [f"{self.folder}/{one.name}" for one in self.screen_files]
         return [self.path]
 
     def table(self, column: str) -> list[str]:
-        """Path of a table beside the raw files, ``cell_metadata`` or ``guide_table``; empty for none."""
+        """Path of a table beside the raw files, such as ``cell_metadata``; empty for none."""
         return [self.row[column]] if self.row[column] else []
 
     @property
@@ -217,7 +222,7 @@ class Source:
 
     def missing_files(self) -> list[tuple[str, str]]:
         """Columns and local files that should exist now and do not."""
-        columns = ("cell_metadata", "guide_table", "networks", "gene_sets", "gene_tables", "pathways")
+        columns = [column for column in FILE_COLUMNS if column != "source"]
         named = [(column, path) for column in columns for path in _listed(self.row[column])]
         named[:0] = [("source", one.address) for one in self.files if not one.is_remote]
         made = f"{self.folder}/"

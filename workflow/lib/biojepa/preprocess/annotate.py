@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,12 +24,21 @@ from biojepa.contracts import (
     PERTURBATION_TYPE,
 )
 from biojepa.errors import InputError
-from biojepa.guides import ASSIGNED, NO_GUIDE, GuideAssignment, assign_guides
+from biojepa.guides import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES, GuideAssignment, assign_guides
+from biojepa.guides.settings import DOMINANCE, THRESHOLD
 from biojepa.labels import control_names, genes_of, normalize_label
-from biojepa.preprocess.cell_labels import normalize_labels, other_controls
+from biojepa.preprocess.cell_labels import (
+    listed,
+    normalize_labels,
+    other_controls,
+    unread_labels,
+    unsplit_labels,
+)
 from biojepa.raw.read import RawScreen
 from biojepa.raw.source import ScreenSource
 from biojepa.raw.tables import read_guide_table, require_column
+
+log = logging.getLogger(__name__)
 
 N_COUNTS, N_GENES, PCT_MITO = "n_counts", "n_genes", "pct_mito"
 GUIDE_UMIS, GUIDE_SHARE = "guide_umis", "guide_share"
@@ -47,11 +58,14 @@ class CellTable:
         Name of the filter that drops cells without a perturbation: no_guide or unlabelled.
     notes
         What a reader of qc.tsv should know, by filter.
+    rules
+        What stands in the column threshold of qc.tsv, by filter, where it is not the rule of the settings.
     """
 
     obs: pd.DataFrame
     missing_filter: str
     notes: dict[str, str] = field(default_factory=dict)
+    rules: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -106,6 +120,8 @@ def annotate_cells(screen: RawScreen, source: ScreenSource, guides: GuideAssignm
     sums = None
     if source.perturbation_column:
         calls = _from_labels(screen, source)
+    elif screen.called_guides is not None:
+        calls = _from_guide_calls(screen, source, guides)
     elif screen.guide_names is not None:
         sums = sum_cells(screen, with_guides=True)
         calls = _from_guide_counts(screen, sums.guides, source, guides)
@@ -115,7 +131,8 @@ def annotate_cells(screen: RawScreen, source: ScreenSource, guides: GuideAssignm
         raise InputError(
             f"dataset table, row {source.dataset!r}",
             "no `perturbation_column`, and no guide counts in the file",
-            "labels of cells, guide features in the matrix, or `guide_column` with `guide_table`",
+            "labels of cells, guide features in the matrix, `guide_counts`, `guide_calls`, or `guide_column` "
+            "with `guide_table`",
             f"set `perturbation_column` to one of: {', '.join(map(str, screen.obs.columns)) or 'none'}",
         )
     table, obs = calls, screen.obs
@@ -132,7 +149,9 @@ def annotate_cells(screen: RawScreen, source: ScreenSource, guides: GuideAssignm
     table.obs[N_PERTURBED_GENES] = known.map(genes).fillna(0).astype(np.int32).to_numpy()
     table.obs[PERTURBATION_TYPE] = source.perturbation_type
     table.obs[DOSE] = np.nan
-    table.obs[BATCH] = _text_column(obs, source.batch_column, source, "batch_column", "all")
+    batches = source.batch_column or screen.sample_column
+    table.obs[BATCH] = _text_column(obs, batches, source, "batch_column", "all")
+    log.info("batches by %s: %d", batches or "nothing, so one", table.obs[BATCH].nunique())
     table.obs[CELL_TYPE] = _text_column(obs, source.cell_type_column, source, "cell_type_column", "unknown")
 
     sums = sums or sum_cells(screen)
@@ -157,11 +176,18 @@ def _from_labels(screen: RawScreen, source: ScreenSource) -> CellTable:
         screen.obs, source.guide_column, source, "guide_column", default="", missing=""
     )
     obs[STATUS] = np.where(pd.isna(labels), NO_GUIDE, ASSIGNED)
-    notes = {}
-    if others := other_controls(raw.tolist(), controls):
-        listed = ", ".join(f"{label} ({n} cells)" for label, n in others.items())
-        notes["unlabelled"] = f"left out, add to `control_label` (joined by ;) to use: {listed}"
-    return CellTable(obs, "unlabelled", notes)
+    notes = []
+    others = other_controls(raw.tolist(), controls)
+    if others:
+        notes.append(f"left out, add to `control_label` (joined by ;) to use: {listed(others)}")
+    if unread := unread_labels(raw.tolist(), labels, others):
+        notes.append(f"no perturbation in: {listed(unread)}")
+    join, unsplit = unsplit_labels(labels)
+    if unsplit:
+        note = f"taken as single genes, set `separator` to {join} if they are combinations: {listed(unsplit)}"
+        log.warning("%s, column %r: %s", source.path, source.perturbation_column, note)
+        notes.append(note)
+    return CellTable(obs, "unlabelled", {"unlabelled": "; ".join(notes)} if notes else {})
 
 
 def _from_guide_counts(
@@ -169,9 +195,11 @@ def _from_guide_counts(
     counts: sparse.csr_matrix,
     source: ScreenSource,
     settings: GuideAssignment,
+    names: list[str] | None = None,
 ) -> CellTable:
     """Call guides from their counts and translate them to targets."""
-    names = [] if screen.guide_names is None else [str(name) for name in screen.guide_names]
+    if names is None:
+        names = [] if screen.guide_names is None else [str(name) for name in screen.guide_names]
     targets = guide_targets(names, source)
     calls = assign_guides(counts, names, targets, settings)
     obs = pd.DataFrame({PERTURBATION: calls["label"].to_numpy()}, index=screen.obs.index)
@@ -192,6 +220,26 @@ def _from_guide_counts(
     return CellTable(obs, "no_guide", notes)
 
 
+def _from_guide_calls(screen: RawScreen, source: ScreenSource, settings: GuideAssignment) -> CellTable:
+    """Take the guides that somebody else called in each cell, and translate them to targets."""
+    umis = sparse.csr_matrix(screen.called_guides)
+    names = [str(name) for name in ([] if screen.called_names is None else screen.called_names)]
+    # A call stands whatever its UMIs; only how many guides a cell may carry is for the settings to say.
+    called = sparse.csr_matrix((np.ones_like(umis.data), umis.indices, umis.indptr), shape=umis.shape)
+    most = 1 if settings.method == DOMINANCE else settings.max_guides
+    rule = GuideAssignment(method=THRESHOLD, min_umis=1, min_share=1.0, max_guides=most)
+    table = _from_guide_counts(screen, called, source, rule, names)
+    total = np.asarray(umis.sum(axis=1), dtype=np.float64).ravel()
+    top = umis.max(axis=1).toarray().ravel() if umis.shape[1] else np.zeros(len(total))
+    table.obs[GUIDE_UMIS] = total
+    table.obs[GUIDE_SHARE] = np.divide(top, total, out=np.zeros_like(total), where=total > 0)
+    table.rules = {
+        NO_GUIDE: f"called in {Path(source.guide_calls).name or 'the screen'}",
+        TOO_MANY_GUIDES: f"≤ {most} guide{'s' if most > 1 else ''}",
+    }
+    return table
+
+
 def _from_guide_column(screen: RawScreen, source: ScreenSource) -> CellTable:
     """Translate the guide that the file names for each cell to its target."""
     raw = require_column(screen.obs, source.guide_column, source.path, "guide_column")
@@ -200,7 +248,8 @@ def _from_guide_column(screen: RawScreen, source: ScreenSource) -> CellTable:
     labels = np.array([targets.get(guide) for guide in text], dtype=object)
     obs = pd.DataFrame({PERTURBATION: labels, GUIDE_ID: text.to_numpy()}, index=screen.obs.index)
     obs[STATUS] = np.where(pd.isna(labels), NO_GUIDE, ASSIGNED)
-    return CellTable(obs, "unlabelled")
+    unread = unread_labels(text.where(text != "", None), labels)
+    return CellTable(obs, "unlabelled", {"unlabelled": f"no guide in: {listed(unread)}"} if unread else {})
 
 
 def guide_targets(names: list[str], source: ScreenSource) -> dict[str, str]:

@@ -7,7 +7,7 @@ respond are only flagged, so that the truth of a held-out perturbation is never 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import anndata as ad
 import numpy as np
@@ -42,11 +42,19 @@ class Funnel:
     ----------
     n_cells
         Cells at the start.
+    left_out
+        Barcodes that the reader left out as no cells of the screen: number and reason, by filter.
     """
 
-    def __init__(self, n_cells: int) -> None:
+    def __init__(self, n_cells: int, left_out: Mapping[str, tuple[int, str]] | None = None) -> None:
         self.keep = np.ones(n_cells, dtype=bool)
         self.rows: list[dict[str, object]] = []
+        before = n_cells + sum(n for n, _ in (left_out or {}).values())
+        for name, (n, note) in (left_out or {}).items():
+            row = (name, "has a row", before, n, before - n, note)
+            self.rows.append(dict(zip(QC_COLUMNS, row, strict=True)))
+            log.info("%s: %d of %d barcodes left out. %s", name, n, before, note)
+            before -= n
 
     def drop(self, name: str, threshold: object, bad: np.ndarray, note: str = "") -> None:
         """Drop cells for which ``bad`` ``(cells,)`` holds; each counts for the first filter only."""
@@ -86,16 +94,17 @@ def filter_cells(screen: RawScreen, cells: CellTable, settings: PreprocessSettin
         When too few cells are left of the control or of every perturbation.
     """
     obs = cells.obs
-    funnel = Funnel(len(obs))
+    funnel = Funnel(len(obs), screen.left_out)
     status = obs[STATUS].to_numpy()
     calls = settings.guide_assignment
     by_guide = cells.missing_filter == NO_GUIDE
     missing = (status == NO_GUIDE) | ((status == ASSIGNED) & obs[PERTURBATION].isna().to_numpy())
     rule = f"{calls.method}, ≥ {calls.min_umis} UMIs" if by_guide else "has a label"
+    rule = cells.rules.get(cells.missing_filter, rule)
     funnel.drop(cells.missing_filter, rule, missing, cells.notes.get(cells.missing_filter, ""))
     if by_guide:
         rule = f"share ≥ {calls.share:g}" if calls.method == "dominance" else f"≤ {calls.max_guides} guides"
-        funnel.drop(TOO_MANY_GUIDES, rule, status == TOO_MANY_GUIDES)
+        funnel.drop(TOO_MANY_GUIDES, cells.rules.get(TOO_MANY_GUIDES, rule), status == TOO_MANY_GUIDES)
 
     size, genes = obs[LIBRARY_SIZE].to_numpy(), obs[N_GENES].to_numpy()
     mito = obs[PCT_MITO].to_numpy()

@@ -181,7 +181,7 @@ def provenance(
     Paths are reduced to names, so that the same input gives the same bytes on every machine.
     """
     described = asdict(source)
-    for name in ("path", "cell_metadata", "guide_table"):
+    for name in ("path", "cell_metadata", "guide_table", "guide_counts", "guide_calls"):
         described[name] = Path(described[name]).name if described[name] else ""
     packages = (*PACKAGES, "scanpy") if settings.doublets == "scrublet" else PACKAGES
     content = {

@@ -6,7 +6,7 @@ the file (``np.add.at``), so that no result depends on how large a block is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -129,6 +129,51 @@ class DenseRows:
         for first in range(0, self.shape[0], self._rows):
             if wanted is None or wanted[first : first + self._rows].any():
                 yield first, sparse.csr_matrix(self._matrix[first : first + self._rows])
+
+
+class StackedRows:
+    """Matrices of the same genes below each other: the cells of one sample after those of another."""
+
+    def __init__(self, parts: Sequence[RowBlocks]) -> None:
+        self._parts = list(parts)
+        self.shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+
+    def blocks(self, wanted: np.ndarray | None = None) -> Iterator[tuple[int, sparse.csr_matrix]]:
+        """Yield the blocks of each part, see :class:`RowBlocks`."""
+        start = 0
+        for part in self._parts:
+            end = start + part.shape[0]
+            for first, block in part.blocks(None if wanted is None else wanted[start:end]):
+                yield start + first, block
+            start = end
+
+
+class SelectedRows:
+    """Some rows of a matrix, as if there were no others.
+
+    Parameters
+    ----------
+    matrix
+        All rows.
+    keep
+        ``(rows,)`` bool.
+    """
+
+    def __init__(self, matrix: RowBlocks, keep: np.ndarray) -> None:
+        self._matrix, self._keep = matrix, np.asarray(keep, dtype=bool)
+        # Place of each row among those that are kept.
+        self._place = np.cumsum(self._keep) - self._keep
+        self.shape = (int(self._keep.sum()), matrix.shape[1])
+
+    def blocks(self, wanted: np.ndarray | None = None) -> Iterator[tuple[int, sparse.csr_matrix]]:
+        """Yield what is kept of each block, see :class:`RowBlocks`; blocks of which nothing is are spared."""
+        asked = self._keep.copy()
+        if wanted is not None:
+            asked[self._keep] = wanted
+        for first, block in self._matrix.blocks(asked):
+            kept = self._keep[first : first + block.shape[0]]
+            if kept.any():
+                yield int(self._place[first]), block[np.flatnonzero(kept)]
 
 
 def shape_of(group: h5py.Group) -> tuple[int, int]:

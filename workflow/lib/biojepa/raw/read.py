@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
-from anndata.io import read_elem
 from anndata.utils import make_index_unique
 from scipy import sparse
-from scipy.io import mminfo, mmread
 
 from biojepa.contracts import GENE_ID
 from biojepa.errors import InputError
-from biojepa.raw.matrix import (
-    BLOCK_ENTRIES,
-    CompressedRows,
-    DenseRows,
-    Entries,
-    RowBlocks,
-    column_entries,
-    rows_from_entries,
-    shape_of,
-    take_rows,
-)
+from biojepa.raw.counts import to_counts
+from biojepa.raw.guide_files import read_guide_calls, read_guide_counts
+from biojepa.raw.h5ad import open_h5ad
+from biojepa.raw.matrix import CompressedRows, RowBlocks, SelectedRows, take_rows
+from biojepa.raw.parts import Reading, damage_told, open_hdf5
 from biojepa.raw.source import ScreenSource
-from biojepa.raw.tables import read_cell_metadata
+from biojepa.raw.tables import SAMPLE, read_cell_metadata
+from biojepa.raw.tenx import FEATURE_TYPES, GENE_TYPE, GUIDE_TYPE, is_10x_hdf5, open_10x
+from biojepa.sample_files import HDF5, MTX, find_samples
+
+log = logging.getLogger(__name__)
 
 GUIDE_COUNTS, GUIDE_NAMES, NOTES = "guide_counts", "guide_names", "notes"
-FEATURE_TYPES = "feature_types"
-GENE_TYPE, GUIDE_TYPE = "Gene Expression", "CRISPR Guide Capture"
+CALLED_GUIDES, CALLED_NAMES = "called_guides", "called_guide_names"
+LEFT_OUT, SAMPLE_COLUMN = "left_out", "sample_column"
+H5AD, MTX_FOLDER, H5_FILE = "h5ad", "10x_mtx", "10x_h5"
+NOT_IN_METADATA = "not_in_cell_metadata"
 SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "gene_name", "gene_names", "symbol", "feature_name")
 GENE_ID_COLUMNS = (GENE_ID, "gene_ids", "ensembl_id", "ensemble_id", "ensembl", "feature_id")
 ENSEMBL = r"^ENS[A-Z]*G\d+"
@@ -61,8 +57,18 @@ class RawScreen:
         Names of the guides; None where the file has none.
     guide_counts
         ``(cells, guides)`` CSR where they lie apart from the genes.
+    called_guides
+        ``(cells, called guides)`` CSR, UMIs of the guides that somebody else called; None: nobody did.
+    called_names
+        Names of those guides.
+    left_out
+        Barcodes of the file that are no cells of the screen: number and reason, by filter of qc.tsv.
+    sample_column
+        Column of ``obs`` that tells several samples apart; empty for one sample.
     notes
         What had to be decided on the way.
+    where
+        File or folder, for messages.
     """
 
     counts: RowBlocks
@@ -72,18 +78,27 @@ class RawScreen:
     guides: np.ndarray | None = None
     guide_names: np.ndarray | None = None
     guide_counts: sparse.csr_matrix | None = None
+    called_guides: sparse.csr_matrix | None = None
+    called_names: np.ndarray | None = None
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
+    sample_column: str = ""
     notes: list[str] = field(default_factory=list)
+    where: Path | None = None
 
     @classmethod
     def of(cls, screen: ad.AnnData, entries: int | None = None) -> RawScreen:
         """Read a screen in memory, as :func:`read_screen` returns it, in blocks of ``entries`` entries."""
-        guides = screen.obsm.get(GUIDE_COUNTS)
+        guides, called = screen.obsm.get(GUIDE_COUNTS), screen.obsm.get(CALLED_GUIDES)
         return cls(
             CompressedRows.of(to_counts(screen.X), entries),
             screen.obs,
             screen.var,
             guide_names=None if guides is None else np.asarray(screen.uns[GUIDE_NAMES], dtype=object),
             guide_counts=None if guides is None else sparse.csr_matrix(guides),
+            called_guides=None if called is None else sparse.csr_matrix(called),
+            called_names=None if called is None else np.asarray(screen.uns[CALLED_NAMES], dtype=object),
+            left_out={name: (int(n), str(why)) for name, (n, why) in screen.uns.get(LEFT_OUT, {}).items()},
+            sample_column=str(screen.uns.get(SAMPLE_COLUMN, "")),
             notes=[str(note) for note in screen.uns.get(NOTES, [])],
         )
 
@@ -99,20 +114,30 @@ class RawScreen:
 
         Both are canonical CSR float32. ``wanted`` ``(cells,)`` spares blocks without any such cell.
         """
-        for first, block in self.counts.blocks(wanted):
+        for first, block in self._blocks(wanted):
             features = to_counts(block)
             genes = features if self.genes is None else features[:, self.genes]
-            if self.guides is not None:
-                yield first, genes, features[:, self.guides]
-            elif self.guide_counts is not None:
+            if self.guide_counts is not None:
                 yield first, genes, self.guide_counts[first : first + features.shape[0]]
+            elif self.guides is not None:
+                yield first, genes, features[:, self.guides]
             else:
                 yield first, genes, None
 
     def take(self, cells: np.ndarray) -> sparse.csr_matrix:
         """Return the counts of genes of some cells, in their sorted order, ``(len(cells), genes)``."""
-        features = to_counts(take_rows(self.counts, cells))
+        with damage_told(self.where or Path("the matrix")):
+            features = to_counts(take_rows(self.counts, cells))
         return features if self.genes is None else features[:, self.genes]
+
+    def _blocks(self, wanted: np.ndarray | None) -> Iterator[tuple[int, sparse.csr_matrix]]:
+        blocks = self.counts.blocks(wanted)
+        while True:
+            with damage_told(self.where or Path("the matrix")):
+                block = next(blocks, None)
+            if block is None:
+                return
+            yield block
 
 
 def read_screen(source: ScreenSource) -> ad.AnnData:
@@ -123,7 +148,8 @@ def read_screen(source: ScreenSource) -> ad.AnnData:
     anndata.AnnData
         ``X`` raw counts ``(cells, genes)``, CSR float32; ``obs`` all columns of the file and of
         ``cell_metadata``; ``var`` unique gene symbols with ``gene_id``; where the file has guide
-        features, ``obsm["guide_counts"]`` ``(cells, guides)`` CSR and ``uns["guide_names"]``;
+        features, ``obsm["guide_counts"]`` ``(cells, guides)`` CSR and ``uns["guide_names"]``; where guides
+        were called elsewhere, ``obsm["called_guides"]`` and ``uns["called_guide_names"]``;
         ``uns["notes"]`` what had to be decided on the way.
 
     Raises
@@ -139,6 +165,12 @@ def read_screen(source: ScreenSource) -> ad.AnnData:
         guides = sparse.vstack([guides for _, guides in parts], format="csr")
         screen.obsm[GUIDE_COUNTS] = sparse.csr_matrix(guides)
         screen.uns[GUIDE_NAMES] = opened.guide_names
+    if opened.called_guides is not None:
+        screen.obsm[CALLED_GUIDES], screen.uns[CALLED_NAMES] = opened.called_guides, opened.called_names
+    if opened.left_out:
+        screen.uns[LEFT_OUT] = opened.left_out
+    if opened.sample_column:
+        screen.uns[SAMPLE_COLUMN] = opened.sample_column
     screen.uns[NOTES] = opened.notes
     return screen
 
@@ -185,8 +217,11 @@ def open_screen(
         )
     with ExitStack() as stack:
         how = Reading(stack, scratch, entries, most)
-        open_file = _open_10x if _format_of(source) == "10x_mtx" else _open_h5ad
-        counts, obs, var, notes = open_file(path, source, how)
+        form, why = detect_format(source, how)
+        log.info("%s is read as %s: %s", path, form, why)
+        with damage_told(path):
+            parts = open_h5ad(path, source, how) if form == H5AD else open_10x(path, how, _kind_of(source))
+        counts, obs, var, notes = parts.counts, parts.obs, parts.var, parts.notes
         if 0 in counts.shape:
             raise InputError(
                 path,
@@ -203,315 +238,95 @@ def open_screen(
                 "the file is damaged: fetch it again",
             )
         obs = _with_unique_barcodes(obs, source, notes)
+        samples = SAMPLE if form != H5AD and SAMPLE in obs else ""
+        left_out = {}
         if source.cell_metadata:
-            table = read_cell_metadata(source.cell_metadata, list(obs.index))
+            table, found, said = read_cell_metadata(source.cell_metadata, obs.index, bool(samples))
+            notes += said
+            if not found.all():
+                name, n_without = Path(source.cell_metadata).name, int((~found).sum())
+                left_out[NOT_IN_METADATA] = (n_without, f"barcodes without a row in {name}: no cells")
+                counts, obs = SelectedRows(counts, found), obs[found]
             obs = pd.concat([obs.drop(columns=[c for c in obs.columns if c in table.columns]), table], axis=1)
-        yield _split_features(counts, obs, var, path, notes)
+        screen = _split_features(counts, obs, var, path, notes)
+        screen.left_out, screen.sample_column, screen.where = left_out, samples, path
+        _add_guides(screen, source, how)
+        for note in notes:
+            log.info("%s: %s", path, note)
+        yield screen
 
 
-@dataclass
-class Reading:
-    """How large matrices are read: what is closed at the end, where temporary files go, sizes of blocks."""
-
-    stack: ExitStack
-    scratch: str | Path | None
-    entries: int | None
-    most: int | None
-
-    def in_rows(
-        self, entries: Iterator[Entries], n_entries: int, shape: tuple[int, int], where: Path
-    ) -> CompressedRows:
-        """Put entries in any order into rows."""
-        return rows_from_entries(
-            entries, n_entries, shape, self.stack, self.scratch, where, self.most, self.entries
+def _add_guides(screen: RawScreen, source: ScreenSource, how: Reading) -> None:
+    """Read the counts and calls of guides that lie in files of their own."""
+    index, samples = screen.obs.index, bool(screen.sample_column)
+    if source.guide_counts:
+        names, counts, said = read_guide_counts(
+            source.guide_counts, index, lambda path: open_10x(path, how), samples
         )
+        if screen.guides is not None:
+            said.append(f"the {len(screen.guides)} guides in the matrix left aside for them")
+        screen.guides, screen.guide_names, screen.guide_counts = None, names, counts
+        screen.notes += said
+    if source.guide_calls:
+        screen.called_names, screen.called_guides, said = read_guide_calls(source.guide_calls, index, samples)
+        screen.notes += said
 
 
-def _format_of(source: ScreenSource) -> str:
-    path = Path(source.path)
-    if source.format != "auto":
-        return source.format
-    if path.is_dir():
-        return "10x_mtx"
-    if path.suffix == ".h5ad":
-        return "h5ad"
-    raise InputError(
-        path,
-        "a file that is no .h5ad",
-        "an .h5ad file or a 10x folder",
-        "convert it, or set `format` in the dataset table",
-    )
+def detect_format(source: ScreenSource, how: Reading) -> tuple[str, str]:
+    """Return the format of a screen and how it was told.
 
-
-Parts = tuple[RowBlocks, pd.DataFrame, pd.DataFrame, list[str]]
-
-
-def _open_h5ad(path: Path, source: ScreenSource, how: Reading) -> Parts:
-    """Open an AnnData file and find its raw counts."""
-    if path.is_dir():
-        raise InputError(path, "a folder", "an .h5ad file", "set `format` to 10x_mtx, or `path` to the file")
-    try:
-        file = how.stack.enter_context(h5py.File(path))
-    except OSError as error:
-        raise InputError(
-            path,
-            f"a file that HDF5 cannot open ({error})",
-            "a complete .h5ad file",
-            "delete it and download it again",
-        ) from error
-    missing = {"obs", "var"} - set(file)
-    if missing:
-        raise InputError(
-            path,
-            f"an HDF5 file without {' and '.join(sorted(missing))}, so not an AnnData",
-            "an .h5ad file",
-            "convert it with scanpy, for example sc.read_10x_h5(…).write_h5ad(…)",
-        )
-    if _is_current(file):
-        places, obs = _places_in_file(file), read_elem(file["obs"])
-    else:
-        screen = ad.read_h5ad(path)
-        places, obs = _places_in_memory(screen), screen.obs.copy()
-    notes: list[str] = []
-    where, matrix, var = _raw_counts(places, path, source.counts_layer)
-    if where != "X":
-        notes.append(f"raw counts taken from {where}")
-    return _rows_in(matrix, path, how), obs, var().copy(), notes
-
-
-Places = dict[str, tuple[Any, Callable[[], pd.DataFrame]]]
-
-
-def _is_current(file: h5py.File) -> bool:
-    """Tell whether tables and sparse matrices say how they are encoded, as anndata writes them since 0.7."""
-    matrices = [file["X"]] if "X" in file else []
-    matrices += list(file["layers"].values()) if "layers" in file else []
-    tables = [file["obs"], file["var"]]
-    if "raw" in file:
-        if not {"X", "var"} <= set(file["raw"]):
-            return False
-        matrices, tables = [*matrices, file["raw/X"]], [*tables, file["raw/var"]]
-    described = [*tables, *(matrix for matrix in matrices if isinstance(matrix, h5py.Group))]
-    kinds = {matrix.attrs.get("encoding-type") for matrix in matrices if isinstance(matrix, h5py.Group)}
-    return all("encoding-type" in slot.attrs for slot in described) and kinds <= {"csr_matrix", "csc_matrix"}
-
-
-def _places_in_file(file: h5py.File) -> Places:
-    """Return the matrices of an open file, unread, and how to read the table of their genes."""
-
-    def genes() -> pd.DataFrame:
-        return read_elem(file["var"])
-
-    places: Places = {"X": (file["X"], genes)} if "X" in file else {}
-    for name in _layers_in_order(file.get("layers", {})):
-        places[name] = (file["layers"][name], genes)
-    if "raw" in file:
-        places["raw"] = (file["raw/X"], lambda: read_elem(file["raw/var"]))
-    return places
-
-
-def _places_in_memory(screen: ad.AnnData) -> Places:
-    """Return the matrices of a screen in memory, and the table of their genes."""
-    places: Places = {"X": (screen.X, lambda: screen.var)} if screen.X is not None else {}
-    for name in _layers_in_order(screen.layers):
-        places[name] = (screen.layers[name], lambda: screen.var)
-    if screen.raw is not None:
-        places["raw"] = (screen.raw.X, lambda: screen.raw.var)
-    return places
-
-
-def _layers_in_order(layers: Iterable[str]) -> list[str]:
-    return sorted(layers, key=lambda name: (name != "counts", name))
-
-
-def _raw_counts(places: Places, path: Path, layer: str) -> tuple[str, Any, Callable[[], pd.DataFrame]]:
-    """Return where the raw counts are, the matrix, and how to read the table of its genes."""
-    listed = ", ".join(repr(name) for name in places)
-    if layer and layer not in places:
-        raise InputError(
-            path,
-            f"no {layer!r} (there are: {listed})",
-            "the place named by `counts_layer`",
-            "set `counts_layer` to one of them",
-        )
-    for name in [layer] if layer else places:
-        matrix, var = places[name]
-        if holds_counts(matrix):
-            return name, matrix, var
-    raise InputError(
-        path,
-        f"non-integer counts where raw counts are needed (looked at {layer or listed})",
-        "whole numbers of 0 or more: UMI counts before normalization",
-        "point `counts_layer` at the raw counts, or use the file with raw counts",
-    )
-
-
-def _rows_in(matrix: Any, path: Path, how: Reading) -> RowBlocks:
-    """Return a matrix, in memory or in a file, as blocks of rows."""
-    if isinstance(matrix, h5py.Group):
-        if matrix.attrs["encoding-type"] == "csc_matrix":
-            return how.in_rows(
-                column_entries(matrix, how.entries), len(matrix["data"]), shape_of(matrix), path
-            )
-        return CompressedRows.in_file(matrix, path, how.entries)
-    if isinstance(matrix, h5py.Dataset):
-        return DenseRows(matrix, how.entries)
-    return CompressedRows.of(to_counts(matrix), how.entries)
-
-
-def holds_counts(matrix: Any) -> bool:
-    """Tell whether a matrix ``(cells, genes)`` holds whole numbers, none negative, some positive.
-
-    It may be an array, a scipy matrix, or a matrix in an open AnnData file, which is read in blocks.
-    """
-    values = matrix["data"] if isinstance(matrix, h5py.Group) else matrix
-    values = values.data if sparse.issparse(values) else values
-    values = values if isinstance(values, h5py.Dataset) else np.asarray(values)
-    if values.dtype == bool:
-        return False
-    some = False
-    height = max(1, BLOCK_ENTRIES // (values.shape[1] if values.ndim == 2 else 1))
-    for start in range(0, values.shape[0], height):
-        part = values[start : start + height]
-        if not are_counts(part):
-            return False
-        some = some or bool(np.any(part > 0))
-    return some
-
-
-def are_counts(values: np.ndarray) -> bool:
-    """Tell whether all values are whole numbers and none is negative."""
-    if values.size and values.min() < 0:
-        return False
-    if np.issubdtype(values.dtype, np.integer):
-        return True
-    return bool(np.all(np.isfinite(values)) and np.all(values == np.rint(values)))
-
-
-def to_counts(matrix: Any) -> sparse.csr_matrix:
-    """Return counts as canonical CSR float32 ``(cells, genes)``: sorted, no duplicates, no zeros.
-
-    What is so already is returned as it is.
-    """
-    counts = sparse.csr_matrix(matrix, dtype=np.float32)
-    if counts.has_canonical_format and counts.indices.dtype == counts.indptr.dtype and counts.data.all():
-        return counts
-    # Files written in blocks may hold indices of 32 and pointers of 64 bits, which scipy cannot mix.
-    counts = sparse.csr_matrix((counts.data, counts.indices, counts.indptr), shape=counts.shape)
-    counts.sum_duplicates()
-    counts.eliminate_zeros()
-    return counts
-
-
-def _open_10x(folder: Path, source: ScreenSource, how: Reading) -> Parts:
-    """Open the feature-barcode matrix folder of Cell Ranger (version 3, or 2 with genes.tsv)."""
-    if not folder.is_dir():
-        raise InputError(
-            folder,
-            "a file",
-            "a folder with matrix.mtx, features.tsv and barcodes.tsv",
-            "set `source` to the folder",
-        )
-    matrix_path = _member(folder, "matrix.mtx")
-    features_path = _member(folder, "features.tsv", "genes.tsv")
-    barcodes_path = _member(folder, "barcodes.tsv")
-    try:
-        n_features, n_barcodes, n_entries, *kind = mminfo(matrix_path)
-        features = pd.read_csv(features_path, sep="\t", header=None, dtype=str, keep_default_na=False)
-        barcodes = pd.read_csv(barcodes_path, sep="\t", header=None, dtype=str, keep_default_na=False)[0]
-        if (n_features, n_barcodes) != (len(features), len(barcodes)):
-            raise InputError(
-                matrix_path,
-                f"{n_features} × {n_barcodes} in the matrix, {len(features)} rows in "
-                f"{features_path.name} and {len(barcodes)} in {barcodes_path.name}",
-                "one row per feature and one column per barcode",
-                "use the three files of the same run",
-            )
-        counts: RowBlocks
-        if kind[0] == "coordinate" and kind[1] in ("integer", "real") and kind[2] == "general":
-            entries = _mtx_entries(matrix_path, n_entries, how.entries)
-            counts = how.in_rows(entries, n_entries, (n_barcodes, n_features), matrix_path)
-        else:
-            matrix = sparse.csr_matrix(sparse.coo_matrix(mmread(matrix_path)).T)
-            if not holds_counts(matrix):
-                raise _no_counts(matrix_path)
-            counts = CompressedRows.of(to_counts(matrix), how.entries)
-    except InputError:
-        raise
-    except (ValueError, EOFError, OSError, zlib.error) as error:
-        raise InputError(
-            folder,
-            f"a file that cannot be read ({error})",
-            "the three complete files of a 10x folder",
-            "fetch them again",
-        ) from error
-    var = pd.DataFrame(
-        {GENE_ID: features[0].to_numpy()}, index=features[min(1, features.shape[1] - 1)].to_numpy()
-    )
-    if features.shape[1] > 2:
-        var[FEATURE_TYPES] = features[2].to_numpy()
-    return counts, pd.DataFrame(index=pd.Index(barcodes.to_numpy())), var, []
-
-
-def _mtx_entries(path: Path, n_entries: int, entries: int | None) -> Iterator[Entries]:
-    """Yield barcode, feature and count of the entries of a coordinate matrix, block by block.
+    What the dataset table says holds; otherwise a file is told by its content and a folder by its files.
 
     Raises
     ------
     InputError
-        When a count is no count, or none is positive.
-    ValueError
-        When the file has another number of entries than its header says.
+        When it is nothing that can be read.
     """
-    found, some = 0, False
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for line in file:
-            if not line.startswith(b"%") and line.strip():
-                break
-        blocks = pd.read_csv(
-            file,
-            sep=r"\s+",
-            header=None,
-            names=["feature", "barcode", "count"],
-            dtype={"feature": np.int64, "barcode": np.int64, "count": np.float64},
-            chunksize=entries or BLOCK_ENTRIES,
-        )
-        for block in blocks:
-            values = block["count"].to_numpy()
-            if not are_counts(values):
-                raise _no_counts(path)
-            some, found = some or bool(values.any()), found + len(block)
-            yield block["barcode"].to_numpy() - 1, block["feature"].to_numpy() - 1, values
-    if found != n_entries:
-        raise ValueError(f"{found} entries in {path.name}, whose header says {n_entries}")
-    if not some:
-        raise _no_counts(path)
-
-
-def _no_counts(path: Path) -> InputError:
-    """Build the error for a matrix of a 10x folder that holds no counts."""
-    return InputError(
-        path,
-        "non-integer counts where raw counts are needed",
-        "whole numbers of 0 or more",
-        "use the raw or filtered feature-barcode matrix, not a normalized one",
-    )
-
-
-def _member(folder: Path, *names: str) -> Path:
-    """Return the file of a 10x folder, plain or gzipped, with or without a prefix (as on GEO)."""
-    found = sorted(
-        {path for name in names for path in [*folder.glob(f"*{name}"), *folder.glob(f"*{name}.gz")]}
-    )
-    if len(found) != 1:
+    path = Path(source.path)
+    if source.format != "auto":
+        return source.format, "the dataset table says so"
+    if path.is_dir():
+        return _detect_folder(path)
+    if path.stat().st_size and not h5py.is_hdf5(path) and path.suffix not in (".h5ad", ".h5"):
         raise InputError(
-            folder,
-            f"{len(found)} files that end in {' or '.join(names)} (or .gz)"
-            + (f": {', '.join(path.name for path in found)}" if found else ""),
-            "exactly one",
-            "put the three files of one run into a folder of their own",
+            path,
+            "a file that is neither .h5ad nor 10x HDF5",
+            "an .h5ad or .h5 file, or a folder with the three files of a 10x matrix",
+            "give the folder it is in, convert it to .h5ad, or set `format` in the dataset table",
         )
-    return found[0]
+    file = open_hdf5(path, how)
+    if {"obs", "var"} <= set(file):
+        return H5AD, "it has obs and var"
+    if is_10x_hdf5(file):
+        return H5_FILE, "it has barcodes and a matrix of features, as Cell Ranger writes them"
+    kinds = {"mod": "a MuData file", "row_attrs": "a loom file", "assays": "an h5Seurat file"}
+    kind = next((name for key, name in kinds.items() if key in file), "")
+    raise InputError(
+        path,
+        f"{kind or 'an HDF5 file'} with {', '.join(sorted(file)) or 'nothing in it'}, "
+        "so not an AnnData and not a 10x matrix",
+        "an .h5ad file, or a feature-barcode matrix of Cell Ranger",
+        "write its genes as .h5ad",
+    )
+
+
+def _detect_folder(path: Path) -> tuple[str, str]:
+    samples, _ = find_samples(path)
+    if not samples and (files := sorted(file.name for file in path.rglob("*.h5ad"))):
+        raise InputError(
+            path,
+            f"a folder with {', '.join(files[:5])}",
+            "one .h5ad file, or the files of a 10x matrix",
+            "set `source` to the file; several are several datasets, or have to be joined",
+        )
+    kinds = {sample.kind for sample in samples}
+    form = H5_FILE if kinds == {HDF5} else MTX_FOLDER
+    return form, f"a folder with {len(samples)} 10x matri{'x' if len(samples) == 1 else 'ces'}"
+
+
+def _kind_of(source: ScreenSource) -> str:
+    """Return which files of a folder are to be read: those that the dataset table asks for, or any."""
+    return {MTX_FOLDER: MTX, H5_FILE: HDF5}.get(source.format, "")
 
 
 def _with_unique_barcodes(obs: pd.DataFrame, source: ScreenSource, notes: list[str]) -> pd.DataFrame:
@@ -519,11 +334,13 @@ def _with_unique_barcodes(obs: pd.DataFrame, source: ScreenSource, notes: list[s
     twice = int(obs.index.duplicated().sum())
     if not twice:
         return obs
-    if source.cell_metadata:
+    joined = [name for name in ("cell_metadata", "guide_counts", "guide_calls") if getattr(source, name)]
+    if joined:
         raise InputError(
             source.path,
             f"{twice} repeated barcodes, such as {obs.index[obs.index.duplicated()][0]!r}",
-            "unique barcodes, because cell_metadata is joined by them",
+            f"unique barcodes, because {' and '.join(joined)} {'is' if len(joined) == 1 else 'are'} joined "
+            "by them",
             "add the sample or lane to the barcodes in both files",
         )
     notes.append(f"{twice} repeated barcodes got a number")

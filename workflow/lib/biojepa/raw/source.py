@@ -10,7 +10,7 @@ from typing import Any
 from biojepa.contracts import GENE_SEPARATOR, PERTURBATION_TYPES
 from biojepa.errors import InputError
 
-FORMATS = ("auto", "h5ad", "10x_mtx")
+FORMATS = ("auto", "h5ad", "10x_mtx", "10x_h5")
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class ScreenSource:
     dataset
         Name of the screen, as in the paths of the results.
     path
-        Local file (``h5ad``) or folder (``10x_mtx``).
+        Local file (``h5ad``, ``10x_h5``) or folder (``10x_mtx``, ``10x_h5``), of one sample or several.
     format
-        ``h5ad``, ``10x_mtx`` (matrix.mtx, features.tsv, barcodes.tsv, each plain or ``.gz``) or
-        ``auto``: by what is at ``path``.
+        ``h5ad``, ``10x_mtx`` (matrix.mtx, features.tsv, barcodes.tsv, each plain or ``.gz``),
+        ``10x_h5`` (feature_bc_matrix.h5) or ``auto``: by what is at ``path``.
     perturbation_column
         Column with the perturbation of each cell. Empty: guides are called from the guide counts
         in the matrix, or taken from ``guide_column`` and translated by ``guide_table``.
@@ -41,7 +41,7 @@ class ScreenSource:
         Column with the guide of each cell.
     batch_column
         Column with the batch (GEM group, replicate, lane). Filters by MAD and doublet scores work
-        within it.
+        within it. Empty: the sample, where a folder has several.
     cell_type_column
         Column with the cell type or cell line.
     library_size_column
@@ -53,9 +53,15 @@ class ScreenSource:
     perturbation_type
         CRISPRi, CRISPRa, CRISPRko or unknown, for the whole screen.
     cell_metadata
-        CSV or TSV with one row per barcode (column ``barcode``, else the first).
+        CSV or TSV with one row per cell (column ``barcode`` or ``cell_barcode``, else the first).
+        Barcodes without a row are no cells of the screen.
     guide_table
-        CSV or TSV with columns ``guide`` and ``target``.
+        CSV or TSV with columns ``guide`` and ``target``, or Cell Ranger's feature reference.
+    guide_counts
+        Guide counts that lie apart from the genes: a 10x matrix or a table, see
+        :func:`biojepa.raw.guide_files.read_guide_counts`.
+    guide_calls
+        Cell Ranger's protospacer_calls_per_cell.csv, or a table of that form.
     counts_layer
         Where the raw counts are: ``X``, ``raw`` or the name of a layer. Empty: the first of X,
         layer ``counts``, other layers, ``raw`` that holds whole numbers.
@@ -78,6 +84,8 @@ class ScreenSource:
     perturbation_type: str = ""
     cell_metadata: str = ""
     guide_table: str = ""
+    guide_counts: str = ""
+    guide_calls: str = ""
     counts_layer: str = ""
     label_pattern: str = ""
 

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import gzip
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from biojepa.errors import InputError
 
-BARCODE, GUIDE, TARGET = "barcode", "guide", "target"
+BARCODE, GUIDE, TARGET, SAMPLE = "barcode", "guide", "target", "sample"
+BARCODE_COLUMNS = (BARCODE, "cell_barcode", "barcodes", "cell", "cell_id", "CB")
+# Names that published files give to what a setting asks for; what is suggested when no spelling is close.
+COMMON_NAMES = {
+    "perturbation_column": (
+        "perturbation", "gene", "guide_identity", "condition", "target", "target_gene", "gene_target",
+        "perturbation_name", "guide_target",
+    ),
+    "guide_column": ("guide_id", "guide_identity", "guide", "sgRNA", "sgRNA_group", "feature_call"),
+    "batch_column": ("batch", "gem_group", "gemgroup", "replicate", "lane", "donor", "sample", "hto"),
+    "cell_type_column": ("cell_type", "celltype", "cell_line", "cell_line_name"),
+    "library_size_column": ("ncounts", "total_counts", "n_counts", "nCount_RNA", "UMI_count", "n_umis"),
+    "mito_column": ("percent_mito", "pct_counts_mt", "mitopercent", "percent.mt", "pct_mito", "p_mito"),
+    "guide_table, column guide": ("guide", "guide_id", "sgRNA", "id", "name"),
+    "guide_table, column target": ("target", "gene", "target_gene", "target_gene_name", "gene_symbol"),
+}  # fmt: skip
+# Cell Ranger's feature reference is a guide table under other names.
+FEATURE_REFERENCE = {"id": GUIDE, "target_gene_name": TARGET}
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
 def require_column(table: pd.DataFrame, column: str, where: str | Path, setting: str) -> pd.Series:
@@ -30,13 +52,13 @@ def require_column(table: pd.DataFrame, column: str, where: str | Path, setting:
     Raises
     ------
     InputError
-        When the column is missing; suggests the closest name.
+        When the column is missing; suggests the closest name, or else one that often means the same.
     """
     if column in table.columns:
         return table[column]
     names = [str(name) for name in table.columns]
-    close = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    close = suggested_column(names, column, setting)
+    hint = f"did you mean {close!r}? " if close else ""
     raise InputError(
         where,
         f"no column {column!r} (columns: {_listed(names)})",
@@ -45,62 +67,262 @@ def require_column(table: pd.DataFrame, column: str, where: str | Path, setting:
     )
 
 
+def suggested_column(names: Sequence[str], column: str, setting: str) -> str:
+    """Return the column that was probably meant: of close spelling, or a usual name; empty for none."""
+    folded = {name.casefold(): name for name in reversed(names)}
+    close = difflib.get_close_matches(column.casefold(), folded, n=1, cutoff=0.5)
+    usual = [folded[name.casefold()] for name in COMMON_NAMES.get(setting, ()) if name.casefold() in folded]
+    return folded[close[0]] if close else usual[0] if usual else ""
+
+
+@contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Turn what pandas and gzip say of a table that cannot be read into a message for its user.
+
+    Raises
+    ------
+    InputError
+        When the file is empty, cut off, not UTF-8, or has lines of different lengths.
+    """
+    try:
+        yield
+    except pd.errors.EmptyDataError as error:
+        raise InputError(path, "an empty file", "a table", "fetch it again, or name another file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            path,
+            f"text that is not UTF-8 ({_first_line_not_utf8(Path(path))})",
+            "UTF-8",
+            f"save it as UTF-8, for example: iconv -f LATIN1 -t UTF-8 {Path(path).name}",
+        ) from error
+    except pd.errors.ParserError as error:
+        raise InputError(
+            path,
+            f"lines of different lengths ({str(error).strip()})",
+            "as many fields in every line",
+            "correct the line, or quote fields that hold the delimiter",
+        ) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(
+            path, f"a gzip file that is damaged or cut off ({error})", "a complete file", "fetch it again"
+        ) from error
+
+
+def _first_line_not_utf8(path: Path) -> str:
+    """Say where a file stops being UTF-8."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    return f"byte 0x{line[error.start]:02x} in line {number}"
+    except (EOFError, OSError, zlib.error):
+        pass
+    return "somewhere in it"
+
+
+def delimiter_of(path: str | Path) -> str:
+    """Return what separates the columns of a table, by its name: tabs, or commas."""
+    suffixes = Path(path).suffixes
+    return "\t" if ".tsv" in suffixes or ".txt" in suffixes else ","
+
+
 def read_table(path: str | Path, setting: str) -> pd.DataFrame:
-    """Read a CSV or TSV (by its name, ``.gz`` allowed); only an empty field is missing."""
+    """Read a CSV or TSV (by its name, ``.gz`` allowed); only an empty field is missing.
+
+    Raises
+    ------
+    InputError
+        When there is no such file, when it cannot be read, or when something else separates its columns.
+    """
     path = Path(path)
-    if not path.is_file():
+    require_file(path, setting)
+    with readable(path):
+        table = pd.read_csv(
+            path,
+            sep=delimiter_of(path),
+            encoding="utf-8-sig",
+            keep_default_na=False,
+            na_values=[""],
+            low_memory=False,
+        )
+    require_delimiter(list(table.columns), path)
+    return table
+
+
+def require_file(path: str | Path, setting: str) -> None:
+    """Stop where the file that a setting names is not there."""
+    if not Path(path).is_file():
         raise InputError(
             path,
             "no such file",
             f"the table named by `{setting}`",
             f"correct `{setting}` in the dataset table",
         )
-    separator = "\t" if ".tsv" in path.suffixes or ".txt" in path.suffixes else ","
-    return pd.read_csv(path, sep=separator, keep_default_na=False, na_values=[""], low_memory=False)
 
 
-def read_cell_metadata(path: str | Path, barcodes: Sequence[str]) -> pd.DataFrame:
-    """Read the table of cells in the order of ``barcodes``.
+def require_delimiter(columns: Sequence[object], path: Path) -> None:
+    """Stop where the first line is one field and holds another delimiter than the name of the file says."""
+    name, expected = str(columns[0]) if len(columns) else "", delimiter_of(path)
+    other = next((char for char in DELIMITERS if char != expected and char in name), "")
+    if len(columns) == 1 and other:
+        ending = {",": ".csv", "\t": ".tsv"}.get(other)
+        raise InputError(
+            path,
+            f"one column, {name[:60]!r}, which holds {DELIMITERS[other]}",
+            f"columns separated by {DELIMITERS[expected]}, as the name of the file says",
+            f"rename the file to end in {ending}"
+            if ending
+            else f"replace {DELIMITERS[other]} by {DELIMITERS[expected]}",
+        )
 
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``barcodes``, one column for each column of the table but the barcode.
+
+def read_plain_columns(path: Path) -> pd.DataFrame:
+    """Read a file of columns without a header, separated by tabs, as text.
 
     Raises
     ------
     InputError
-        When a barcode is missing from the table or occurs twice in it.
+        When it cannot be read, or its lines are separated by commas.
+    """
+    with readable(path):
+        table = pd.read_csv(
+            path, sep="\t", header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig"
+        )
+    # One column is right for barcodes, and then a comma in it is none that separates.
+    if table.shape[1] == 1 and table[0].str.contains(",").mean() > 0.5:
+        raise InputError(
+            path,
+            f"one column, such as {table[0].iloc[0]!r}, which holds commas",
+            "columns separated by tabs",
+            "replace commas by tabs",
+        )
+    return table
+
+
+def match_barcodes(barcodes: pd.Index, names: pd.Index) -> tuple[np.ndarray, str]:
+    """Find barcodes in another file.
+
+    Where none is found, both are compared without the number of the GEM well at their end (``-1``), which
+    some programs leave out, as long as they stay unique.
+
+    Parameters
+    ----------
+    barcodes
+        Of the matrix.
+    names
+        Of the other file, unique.
+
+    Returns
+    -------
+    Places of the barcodes among the names ``(len(barcodes),)``, -1 where missing; and a note, or nothing.
+    """
+    places = names.get_indexer(barcodes)
+    if (places >= 0).any():
+        return places, ""
+    bare, others = (index.str.replace(r"-\d+$", "", regex=True) for index in (barcodes, names))
+    if bare.is_unique and others.is_unique:
+        places = others.get_indexer(bare)
+        if (places >= 0).any():
+            return places, "barcodes compared without the number at their end"
+    return np.full(len(barcodes), -1), ""
+
+
+def key_column(table: pd.DataFrame) -> str:
+    """Return the column with barcodes: one of the usual names, or the first."""
+    return next((name for name in BARCODE_COLUMNS if name in table.columns), str(table.columns[0]))
+
+
+def sample_barcodes(table: pd.DataFrame, key: str, with_samples: bool) -> pd.Index:
+    """Return the barcodes of a table, after the name of the sample where matrix and table have samples."""
+    index = pd.Index(table[key].astype(str))
+    if with_samples and SAMPLE in table.columns and key != SAMPLE:
+        joined = pd.Index(table[SAMPLE].astype(str) + "_" + index.to_numpy())
+        return index if index.is_unique and index.str.startswith(tuple(set(table[SAMPLE]))).all() else joined
+    return index
+
+
+def no_match(path: str | Path, key: str, barcodes: pd.Index, names: pd.Index) -> InputError:
+    """Build the error for a table none of whose rows is a cell of the matrix."""
+    return InputError(
+        f"{path}, column {key!r}",
+        f"none of the {len(barcodes)} barcodes of the matrix, such as {barcodes[0]!r} "
+        f"(the table has {len(names)}, such as {_listed(list(names[:2]))})",
+        "rows for barcodes of the matrix",
+        "make the two spellings of the barcodes agree, or name the column with barcodes 'barcode'",
+    )
+
+
+def read_cell_metadata(
+    path: str | Path, barcodes: pd.Index, with_samples: bool = False
+) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+    """Read the table of cells in the order of ``barcodes``.
+
+    Parameters
+    ----------
+    path
+        CSV or TSV.
+    barcodes
+        Of the matrix, unique.
+    with_samples
+        Whether they start with the name of a sample.
+
+    Returns
+    -------
+    The rows of the table that are in the matrix, index their barcodes, without the column of barcodes; which
+    barcodes have a row ``(len(barcodes),)``; notes.
+
+    Raises
+    ------
+    InputError
+        When no barcode is in the table, or one occurs twice in it.
     """
     table = read_table(path, "cell_metadata")
-    key = BARCODE if BARCODE in table.columns else str(table.columns[0])
-    index = table[key].astype(str)
+    if not len(table):
+        raise InputError(path, "no rows", "one row per cell", "name another file in `cell_metadata`")
+    key = key_column(table)
+    index = sample_barcodes(table, key, with_samples)
     twice = index[index.duplicated()]
     if len(twice):
         raise InputError(
             f"{path}, column {key!r}",
-            f"{twice.nunique()} barcodes more than once, such as {twice.iloc[0]!r}",
+            f"{twice.nunique()} barcodes more than once, such as {twice[0]!r}",
             "one row per barcode",
-            "remove the repeated rows",
+            "remove the repeated rows, or add the column 'sample' where samples share barcodes",
         )
-    table = table.drop(columns=key).set_index(pd.Index(index, name=None))
-    missing = [barcode for barcode in barcodes if barcode not in table.index]
-    if missing:
-        raise InputError(
-            f"{path}, column {key!r}",
-            f"{len(missing)} of {len(barcodes)} barcodes of the matrix missing, such as {missing[0]!r} "
-            f"(the table has {len(table)}, such as {_listed(list(table.index[:2]))})",
-            "a row for every barcode of the matrix",
-            "add the rows, or make the two spellings of the barcodes agree",
-        )
-    return table.loc[list(barcodes)]
+    places, note = match_barcodes(barcodes, index)
+    found = places >= 0
+    if not found.any():
+        raise no_match(path, key, barcodes, index)
+    notes = [f"{note} with those of {Path(path).name}"] if note else []
+    if surplus := len(index) - int(found.sum()):
+        notes.append(f"{surplus} of {len(index)} rows of {Path(path).name} are no barcode of the matrix")
+    return table.drop(columns=key).iloc[places[found]].set_axis(barcodes[found], axis=0), found, notes
 
 
 def read_guide_table(path: str | Path) -> pd.Series:
-    """Read which target each guide has; index guide, values target as the file spells it."""
+    """Read which target each guide has; index guide, values target as the file spells it.
+
+    Raises
+    ------
+    InputError
+        When a column is missing, a guide is there twice, or has no target.
+    """
     table = read_table(path, "guide_table")
-    guides = require_column(table, GUIDE, path, "guide_table").astype(str)
-    targets = require_column(table, TARGET, path, "guide_table")
+    if set(FEATURE_REFERENCE) <= set(table.columns) and not {GUIDE, TARGET} & set(table.columns):
+        table = table.rename(columns=FEATURE_REFERENCE)
+    for column in (GUIDE, TARGET):
+        if column not in table.columns:
+            names = [str(name) for name in table.columns]
+            close = suggested_column(names, column, f"guide_table, column {column}")
+            raise InputError(
+                path,
+                f"no column {column!r} (columns: {_listed(names)})",
+                "the columns guide and target, or those of Cell Ranger's feature reference",
+                f"rename {close!r} to {column!r}" if close else f"add the column {column!r}",
+            )
+    guides, targets = table[GUIDE].astype(str), table[TARGET]
     if guides.duplicated().any():
         name = guides[guides.duplicated()].iloc[0]
         raise InputError(

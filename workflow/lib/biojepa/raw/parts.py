@@ -1,0 +1,89 @@
+"""What every reader of a format takes and returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import pandas as pd
+
+from biojepa.errors import InputError
+from biojepa.raw.matrix import CompressedRows, Entries, RowBlocks, rows_from_entries
+
+
+@dataclass
+class Parts:
+    """A screen as its file has it.
+
+    Parameters
+    ----------
+    counts
+        ``(cells, features)``.
+    obs, var
+        Tables of cells and of features.
+    notes
+        What had to be decided on the way.
+    """
+
+    counts: RowBlocks
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Reading:
+    """How large matrices are read: what is closed at the end, where temporary files go, sizes of blocks."""
+
+    stack: ExitStack
+    scratch: str | Path | None = None
+    entries: int | None = None
+    most: int | None = None
+
+    def in_rows(
+        self, entries: Iterator[Entries], n_entries: int, shape: tuple[int, int], where: Path
+    ) -> CompressedRows:
+        """Put entries in any order into rows."""
+        return rows_from_entries(
+            entries, n_entries, shape, self.stack, self.scratch, where, self.most, self.entries
+        )
+
+
+def open_hdf5(path: Path, how: Reading) -> h5py.File:
+    """Open an HDF5 file until the reading ends.
+
+    Raises
+    ------
+    InputError
+        When it is empty, cut off, or no HDF5.
+    """
+    if not path.stat().st_size:
+        raise InputError(path, "an empty file", "a complete HDF5 file", "delete it and download it again")
+    try:
+        return how.stack.enter_context(h5py.File(path))
+    except OSError as error:
+        raise InputError(
+            path,
+            f"a file that HDF5 cannot open ({error})",
+            "a complete HDF5 file",
+            "delete it and download it again",
+        ) from error
+
+
+@contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """Turn what HDF5 says of a damaged file into a message for its user."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno is not None:
+            raise
+        raise InputError(
+            path,
+            f"a part that HDF5 cannot read ({error})",
+            "a complete file",
+            "delete it and download it again",
+        ) from error
