@@ -665,6 +665,33 @@ def test_a_folder_is_read_file_by_file(folder):
     assert source.table("cell_metadata") == []
 
 
+def test_of_the_output_of_cell_ranger_only_what_is_read_is_an_input(folder):
+    outs = folder / "data" / "outs"
+    names = ("matrix.mtx.gz", "features.tsv.gz", "barcodes.tsv.gz")
+    for place in ("filtered_feature_bc_matrix", "raw_feature_bc_matrix", "analysis"):
+        (outs / place).mkdir(parents=True)
+        for name in names:
+            (outs / place / name).touch()
+    (outs / "crispr_analysis").mkdir()
+    for name in ("possorted_genome_bam.bam", "molecule_info.h5", "crispr_analysis/calls.csv"):
+        (outs / name).touch()
+    (folder / "config/datasets.tsv").write_text(
+        "dataset\tsource\tguide_table\tguide_calls\n"
+        "ten\t{data_dir}/outs\t{data_dir}/mine.h5ad\t{data_dir}/outs/crispr_analysis/calls.csv\n",
+        encoding="utf-8",
+    )
+    source = load(run=["ten"]).source("ten")
+    wanted = sorted(f"data/outs/filtered_feature_bc_matrix/{name}" for name in names)
+    assert source.raw_files == wanted
+    assert source.path == "data/outs"
+    assert source.table("guide_calls") == ["data/outs/crispr_analysis/calls.csv"]
+    (outs / "crispr_analysis/calls.csv").unlink()
+    with pytest.raises(
+        ConfigError, match=r"column guide_calls: no file data/outs/crispr_analysis/calls\.csv"
+    ):
+        load(run=["ten"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

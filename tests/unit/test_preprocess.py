@@ -651,7 +651,7 @@ def named(**content):
         listed._set_name(name, place)
     return listed
 files = Namedlist([{str(path)!r}])
-for name, end in dict(raw=1, cell_metadata=1, guide_table=1).items():
+for name, end in dict(raw=1, cell_metadata=1, guide_table=1, guide_counts=1, guide_calls=1).items():
     files._set_name(name, 0 if name == "raw" else 1, end=end)
 snakemake = SimpleNamespace(input=files,
     params=named(source={source!r}, settings={settings!r}),
@@ -750,6 +750,12 @@ def test_norman_labels_and_library_sizes_come_from_their_columns(real_data):
             ["their/raw/tenx/barcodes.tsv", "their/raw/cellranger/m.mtx"],
             "their/raw/tenx",
         ),
+        (
+            "raw/run",
+            ["their/raw/run/run/s1/outs/filtered_feature_bc_matrix/matrix.mtx.gz", "their/raw/run/run/s2.h5"],
+            "their/raw/run",
+        ),
+        ("run", ["run/run/s1/matrix.mtx.gz"], "run"),
         ("raw/empty", [], "raw/empty"),
     ],
 )

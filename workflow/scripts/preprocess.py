@@ -47,8 +47,10 @@ def found_at(
     if not raw:  # a folder without files, of which the reader says what it misses
         return {**source, **tables_found}
     # The files of several samples lie in folders of their own, so the end of the path is looked for upwards.
-    first, end = Path(raw[0]), Path(source["path"]).parts
-    path = next((place for place in (first, *first.parents) if place.parts[-len(end) :] == end), first.parent)
+    first, named = Path(raw[0]), Path(source["path"])
+    places = [first, *first.parents]
+    ends = (place for place in places if place.parts[-len(named.parts) :] == named.parts)
+    path = named if named in places else next(ends, first.parent)
     return {**source, "path": str(path), **tables_found}
 
 
