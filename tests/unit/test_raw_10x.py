@@ -16,7 +16,7 @@ from biojepa.errors import InputError
 from biojepa.guides import GuideAssignment
 from biojepa.preprocess.annotate import annotate_cells
 from biojepa.preprocess.quality import Funnel
-from biojepa.raw import RawScreen, ScreenSource, open_screen, read_screen
+from biojepa.raw import RawScreen, ScreenSource, guide_files, open_screen, read_screen
 from biojepa.sample_files import find_samples
 
 GENES = ["KLF1", "SET", "STAT1"]
@@ -227,6 +227,33 @@ def test_a_table_with_samples_is_joined_by_sample_and_barcode(tmp_path):
     }  # fmt: skip
     np.testing.assert_array_equal(read.X.toarray(), GENE_COUNTS[[0, 1, 1, 2, 3]])
     assert RawScreen.of(read).left_out["not_in_cell_metadata"][0] == 1
+
+
+def test_samples_may_be_called_by_numbers_and_barcodes_begin_with_them(tmp_path):
+    for name in ("1", "2"):
+        write_h5(tmp_path / "run" / f"{name}.h5", COUNTS[:3], CELLS[:3])
+    table = tmp_path / "cells.csv"
+    rows = [f"{cell},{name},{name}{cell[0]}" for name in "12" for cell in CELLS[:3]]
+    table.write_text("barcode,sample,label\n" + "\n".join(rows) + "\n")
+    source = ScreenSource("toy", str(tmp_path / "run"), cell_metadata=str(table))
+    assert read_screen(source).obs["label"].tolist() == ["1A", "1C", "1G", "2A", "2C", "2G"]
+    table.write_text("barcode,sample,label\n" + "".join(f"{row[6]}_{row}\n" for row in rows))
+    assert read_screen(source).obs["label"].tolist() == ["1A", "1C", "1G", "2A", "2C", "2G"]
+
+
+def test_a_long_table_of_guide_counts_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(guide_files, "BLOCK_ENTRIES", 6)
+    for form in ("cells", "guides", "long"):
+        path = tmp_path / f"{form}.csv"
+        table = pd.DataFrame(GUIDE_COUNTS, index=pd.Index(CELLS, name="cell"), columns=GUIDES)
+        long = table.stack().reset_index().set_axis(["cell_barcode", "sgRNA", "UMI_count"], axis=1)
+        {"cells": table, "guides": table.T, "long": long}[form].to_csv(path, index=form != "long")
+        read = read_screen(replace(write_mtx(tmp_path / "run", GENE_COUNTS), guide_counts=str(path)))
+        assert read.uns["guide_names"].tolist() == GUIDES
+        np.testing.assert_array_equal(read.obsm["guide_counts"].toarray(), GUIDE_COUNTS)
+    path.write_text("barcode,guide,count\n")
+    with pytest.raises(InputError, match=r"long\.csv: found no rows"):
+        read_screen(replace(write_mtx(tmp_path / "run", GENE_COUNTS), guide_counts=str(path)))
 
 
 def test_samples_with_other_features_are_refused(tmp_path):

@@ -11,6 +11,7 @@ from scipy import sparse
 
 from biojepa.errors import InputError
 from biojepa.raw.counts import are_counts, describe, to_counts
+from biojepa.raw.matrix import BLOCK_ENTRIES
 from biojepa.raw.parts import Parts
 from biojepa.raw.tables import (
     delimiter_of,
@@ -26,8 +27,6 @@ from biojepa.raw.tables import (
 )
 from biojepa.raw.tenx import FEATURE_TYPES, GUIDE_TYPE
 
-# Rows of a table that are held at a time.
-ROWS = 1 << 16
 FEATURE_CALL, CALL_UMIS, CALL_JOIN = "feature_call", "num_umis", "|"
 GUIDE_COLUMNS = ("guide", "guide_id", "guide_identity", "sgRNA", "feature", "feature_call", "protospacer")
 COUNT_COLUMNS = ("count", "counts", "umi_count", "UMI_count", "umis", "n_umis", "num_umis")
@@ -108,7 +107,9 @@ def _of_table(
 ) -> tuple[pd.Index, pd.Index, sparse.csr_matrix]:
     """Return guides, cells and counts of a table, read a part at a time."""
     chunks = _chunks(path)
-    first = next(chunks)
+    first = next(chunks, None)
+    if first is None or first.empty:
+        raise InputError(path, "no rows", "counts of guides", "name another file in `guide_counts`")
     guide = next((name for name in GUIDE_COLUMNS if name in first.columns), "")
     count = next((name for name in COUNT_COLUMNS if name in first.columns), "")
     if guide and count:
@@ -131,14 +132,17 @@ def _of_table(
 
 def _chunks(path: Path) -> Iterator[pd.DataFrame]:
     """Yield the rows of a table in parts."""
+    delimiter = delimiter_of(path)
     with readable(path):
-        chunks = pd.read_csv(
-            path, sep=delimiter_of(path), encoding="utf-8-sig", keep_default_na=False, chunksize=ROWS
+        columns = list(pd.read_csv(path, nrows=0, sep=delimiter, encoding="utf-8-sig").columns)
+        require_delimiter(columns, path)
+        yield from pd.read_csv(
+            path,
+            sep=delimiter,
+            encoding="utf-8-sig",
+            keep_default_na=False,
+            chunksize=max(1, BLOCK_ENTRIES // len(columns)),
         )
-        for number, chunk in enumerate(chunks):
-            if not number:
-                require_delimiter(list(chunk.columns), path)
-            yield chunk
 
 
 def _of_long_table(

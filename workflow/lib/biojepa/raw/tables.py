@@ -238,8 +238,10 @@ def sample_barcodes(table: pd.DataFrame, key: str, with_samples: bool) -> pd.Ind
     """Return the barcodes of a table, after the name of the sample where matrix and table have samples."""
     index = pd.Index(table[key].astype(str))
     if with_samples and SAMPLE in table.columns and key != SAMPLE:
-        joined = pd.Index(table[SAMPLE].astype(str) + "_" + index.to_numpy())
-        return index if index.is_unique and index.str.startswith(tuple(set(table[SAMPLE]))).all() else joined
+        samples = table[SAMPLE].astype(str)
+        prefixes = tuple(f"{name}_" for name in samples.unique())
+        # Another program may have put the sample before the barcode already.
+        return index if index.str.startswith(prefixes).all() else pd.Index(samples + "_" + index.to_numpy())
     return index
 
 
