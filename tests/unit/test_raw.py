@@ -430,13 +430,14 @@ def test_a_table_of_other_cells_is_refused(tmp_path):
         read_screen(source)
 
 
-def test_repeated_barcodes_get_a_number_unless_a_table_is_joined(tmp_path):
+def test_repeated_barcodes_get_a_number_unless_a_table_is_joined(tmp_path, caplog):
     adata = screen()
     adata.obs_names = ["AAA-1", "AAA-1", "CCC-1"]
     source = write(adata, tmp_path)
     read = read_screen(source)
     assert read.obs_names.tolist() == ["AAA-1", "AAA-1-1", "CCC-1"]
     assert read.uns["notes"] == ["1 repeated barcodes got a number"]
+    assert "screen.h5ad: 1 repeated barcodes, such as 'AAA-1', got a number" in caplog.text
     table = tmp_path / "cells.csv"
     table.write_text("barcode,batch\nAAA-1,1\nCCC-1,2\n")
     with pytest.raises(InputError, match=r"1 repeated barcodes, such as 'AAA-1'"):

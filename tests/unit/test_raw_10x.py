@@ -269,6 +269,7 @@ def test_files_that_no_sample_needs_are_not_read(tmp_path):
     write_mtx(folder / "filtered_feature_bc_matrix")
     write_h5(folder / "raw_feature_bc_matrix.h5")
     (folder / "molecule_info.h5").write_bytes(b"x")
+    (folder / "model_weights.h5").write_bytes(b"x")
     write_mtx(folder / "analysis" / "matrix")
     samples, notes = find_samples(folder)
     assert [sample.matrix.name for sample in samples] == ["filtered_feature_bc_matrix.h5"]

@@ -343,6 +343,14 @@ def _with_unique_barcodes(obs: pd.DataFrame, source: ScreenSource, notes: list[s
             "by them",
             "add the sample or lane to the barcodes in both files",
         )
+    example = obs.index[obs.index.duplicated()][0]
+    log.warning(
+        "%s: %d repeated barcodes, such as %r, got a number; are these several samples, or cells that are "
+        "there twice?",
+        source.path,
+        twice,
+        example,
+    )
     notes.append(f"{twice} repeated barcodes got a number")
     obs.index = make_index_unique(obs.index)
     return obs
