@@ -20,6 +20,7 @@ CONDA = {
     "umap": "umap-learn",
     "matplotlib": "matplotlib-base",
     "yaml": "pyyaml",
+    "ot": "pot",
 }
 PYPI = {**CONDA, "torch": "torch", "matplotlib": "matplotlib"}
 # Comes with jinja2, whose own type it is.

@@ -129,7 +129,8 @@ def test_pairs_hold_the_kept_cells_and_genes_by_value(built):
     names = np.array([*pairs.labels, "control"])  # control is -1, the last
     np.testing.assert_array_equal(names[pairs.perturbation], screen.labels[keep])
     origins = '{"net": {"file": "net.tsv", "kind": "network"}}'
-    assert dict(pairs.facts) == {"dataset": "made", "fold": 1, "format_version": 2, "sources": origins}
+    made = {"format_version": 2, "sources": origins, "strategy": "population"}
+    assert dict(pairs.facts) == {"dataset": "made", "fold": 1, **made}
 
 
 def test_labels_sets_and_categories_are_those_of_the_split(built):

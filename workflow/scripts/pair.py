@@ -1,8 +1,9 @@
 """Collect what training may see of a fold: no cell of a test perturbation.
 
-Genes are chosen on training cells; every perturbed cell is paired with controls of its batch; the
-codes of all perturbed genes, the held-out ones too, come from side information alone (and, with
-co-expression, from training cells). Beside the pairs lies a table of which source covers which gene.
+Genes are chosen on training cells; every cell is paired with a control; the codes of all perturbed
+genes, the held-out ones too, come from side information alone (and, with co-expression, from training
+cells). Beside the pairs lie a table of which source covers which gene, and one of how much cells and
+their controls are alike.
 """
 
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
+from biojepa.balance import pairing_balance
 from biojepa.files import sha256_of, write_tsv
 from biojepa.jobs import recorded_job
 from biojepa.pairing import PairSettings, build_pairs
@@ -41,3 +43,4 @@ if __name__ == "__main__":
             ),
         )
         write_tsv(coverage, snakemake.output.coverage)
+        write_tsv(pairing_balance(snakemake.input.cells, snakemake.output.pairs), snakemake.output.balance)

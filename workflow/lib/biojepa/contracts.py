@@ -76,6 +76,28 @@ LEFT_OUT = "left_out"
 
 # Attribute of pairs.h5: JSON text, source to its kind and where it comes from.
 SOURCES = "sources"
+# Attribute of pairs.h5: how a control is found for a cell. Files without it hold populations.
+STRATEGY = "strategy"
+POPULATION, RANDOM, MATCHED = "population", "random", "matched"
+NEAREST, OPTIMAL_TRANSPORT = "nearest", "optimal_transport"
+STRATEGIES = (POPULATION, RANDOM, MATCHED, NEAREST, OPTIMAL_TRANSPORT)
+
+# --- pair/balance.tsv -------------------------------------------------------------------------
+BALANCE_COLUMNS = (
+    STRATEGY,
+    "covariate",
+    "level",
+    "n_cells",
+    "n_controls",
+    "n_paired_controls",
+    "perturbed_mean",
+    "control_mean",
+    "paired_mean",
+    "smd_before",
+    "smd_after",
+    "abs_smd_before",
+    "abs_smd_after",
+)
 
 # --- embed/embeddings.h5ad, embed/predictions.h5ad ----------------------------------------------
 # Keys of the provenance of a model: labels that anything of it was fitted to, and labels by which it was

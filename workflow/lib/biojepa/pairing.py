@@ -24,15 +24,32 @@ from biojepa.contracts import (
     DOSE,
     LEFT_OUT,
     LIBRARY_SIZE,
+    MATCHED,
+    NEAREST,
     NO_SPLIT,
+    OPTIMAL_TRANSPORT,
     PERTURBATION,
     PERTURBATION_TYPE,
+    POPULATION,
+    RANDOM,
     SCHEMES,
     SOURCES,
+    STRATEGIES,
+    STRATEGY,
     TEST,
     TRAIN,
     VAL,
     VALIDATION_ELSEWHERE,
+)
+from biojepa.controls import (
+    ControlPools,
+    batch_levels,
+    combine,
+    draw_controls,
+    match_depth,
+    nearest_controls,
+    principal_scores,
+    transport_controls,
 )
 from biojepa.errors import InputError
 from biojepa.files import atomic_path
@@ -105,6 +122,14 @@ class PairSettings:
         Restart probability of the random walk on a network.
     coexpression
         Whether co-expression of genes in training cells is a prior source too.
+    strategy
+        How a control is found for a cell, one of :data:`~biojepa.contracts.STRATEGIES`.
+    n_nearest
+        Of the strategy matched: controls nearest in depth that one is drawn from.
+    n_components
+        Of the strategies nearest and optimal_transport: principal components in which cells are compared.
+    transport_cells
+        Of the strategy optimal_transport: cells at most of a side of a plan.
     """
 
     n_folds: int = 5
@@ -119,6 +144,10 @@ class PairSettings:
     prior_dim: int = 64
     restart: float = 0.2
     coexpression: bool = False
+    strategy: str = POPULATION
+    n_nearest: int = 10
+    n_components: int = 50
+    transport_cells: int = 512
 
 
 def freeze_split(
@@ -290,12 +319,18 @@ def build_pairs(
         batches = obs.loc[keep, BATCH].astype(str)
         batch_names = sorted(batches.unique())
         batch = pd.Categorical(batches, categories=batch_names).codes.astype(np.int32)
-        rng = np.random.default_rng([settings.seed, 1])
         context_names, context_code = _context_codes(context, keep)
-        partner, orphans = match_controls(perturbation, batch, rng, context_code)
+        depth = np.log(obs.loc[keep, LIBRARY_SIZE].to_numpy(np.float32))
+        if settings.strategy == POPULATION:
+            rng = np.random.default_rng([settings.seed, 1])
+            partner, orphans = match_controls(perturbation, batch, rng, context_code)
+        else:
+            kept = KeptCells(perturbation, batch, context_code, _type_codes(obs, keep), depth)
+            partner, orphans = pair_cells(kept, file["X"], keep, training, columns, settings, cells_path)
         if orphans:
             log.warning(
-                "no control cell in batch %s: their cells are paired with controls of all batches%s",
+                "no control cell%s in batch %s: their cells are paired with controls of all batches%s",
+                " of some cell types" if settings.strategy == MATCHED else "",
                 ", ".join(batch_names[code] for code in orphans),
                 "" if context_code is None else " of their context, or of all contexts where it has none",
             )
@@ -308,7 +343,7 @@ def build_pairs(
                 tables={
                     "perturbation": perturbation,
                     "batch": batch,
-                    "log_library_size": np.log(obs.loc[keep, LIBRARY_SIZE].to_numpy(np.float32)),
+                    "log_library_size": depth,
                     "partner": partner,
                     **({} if context_code is None else {"context": context_code}),
                 },
@@ -325,7 +360,12 @@ def build_pairs(
                     **({} if context_code is None else {"contexts": context_names}),
                 },
                 codes=codes,
-                facts={**facts, **_context_facts(held_out), SOURCES: _origins(sources)},
+                facts={
+                    **facts,
+                    **_context_facts(held_out),
+                    SOURCES: _origins(sources),
+                    STRATEGY: settings.strategy,
+                },
             )
     log.info(
         "%d cells of %d training and %d validation perturbations, %d genes; %d perturbations held out",
@@ -345,6 +385,102 @@ def build_pairs(
             "no prior source covers %d held-out gene(s), %s: %s", len(unknown), AVERAGE, ", ".join(unknown)
         )
     return covered
+
+
+@dataclass(frozen=True)
+class KeptCells:
+    """What pairing needs to know of the cells of ``pairs.h5``.
+
+    Attributes
+    ----------
+    perturbation, batch, context, cell_type
+        ``(cells,)`` codes; control is -1; context and cell type None where all cells are of one.
+    log_library_size
+        ``(cells,)``
+    """
+
+    perturbation: np.ndarray
+    batch: np.ndarray
+    context: np.ndarray | None
+    cell_type: np.ndarray | None
+    log_library_size: np.ndarray
+
+
+def pair_cells(
+    cells: KeptCells,
+    matrix: h5py.Group,
+    keep: np.ndarray,
+    training: np.ndarray,
+    columns: np.ndarray,
+    settings: PairSettings,
+    where: str | Path,
+) -> tuple[np.ndarray, list[int]]:
+    """Find the partner of every cell by a strategy other than population.
+
+    Parameters
+    ----------
+    cells
+        The cells of ``pairs.h5``.
+    matrix
+        CSR group of log-expression of all cells of the screen.
+    keep, training
+        ``(cells of the screen,)`` bool: those of ``pairs.h5``, and training cells and controls, which alone
+        set the principal components.
+    columns
+        Genes of the fold.
+    settings
+        Of the stage.
+    where
+        File to name in an error.
+
+    Returns
+    -------
+    partner
+        ``(cells,)`` int32 position of a control cell.
+    orphan_batches
+        Batches of cells for which there is no control as near as the strategy wants it.
+
+    Raises
+    ------
+    InputError
+        With too few cells or genes for principal components.
+    ValueError
+        For an unknown strategy.
+    """
+    rng = np.random.default_rng([settings.seed, 1])
+    context, cell_type, batch = cells.context, cells.cell_type, cells.batch
+    levels = batch_levels(batch, context)
+    if settings.strategy == RANDOM:
+        levels = levels[1:]
+    elif settings.strategy == MATCHED and cell_type is not None:
+        levels = [combine(context, batch, cell_type), combine(context, cell_type), *levels]
+    pools = ControlPools.of(cells.perturbation, levels)
+    far = pools.level > 0 if settings.strategy != RANDOM else np.zeros(len(batch), dtype=bool)
+    orphans = np.unique(batch[far]).tolist()
+    if settings.strategy == RANDOM:
+        return draw_controls(pools, rng), orphans
+    if settings.strategy == MATCHED:
+        return match_depth(pools, cells.log_library_size, settings.n_nearest, rng), orphans
+    if settings.strategy not in (NEAREST, OPTIMAL_TRANSPORT):
+        raise ValueError(f"strategy is {settings.strategy!r}; expected one of {', '.join(STRATEGIES)}")
+    if min(training.sum(), len(columns)) < 2:
+        raise InputError(
+            where,
+            f"{training.sum()} training cell(s) and control(s), {len(columns)} gene(s)",
+            f"at least two of each for pair.strategy {settings.strategy}",
+            "set pair.strategy to population, or raise pair.n_genes",
+        )
+    scores = principal_scores(matrix, keep, training, columns, settings.n_components, rng)
+    if settings.strategy == NEAREST:
+        return nearest_controls(pools, scores), orphans
+    return transport_controls(pools, cells.perturbation, scores, settings.transport_cells, rng), orphans
+
+
+def _type_codes(obs: pd.DataFrame, keep: np.ndarray) -> np.ndarray | None:
+    """Code the cell type of the kept cells; nothing where the screen gives none."""
+    if CELL_TYPE not in obs:
+        return None
+    return pd.factorize(obs.loc[keep, CELL_TYPE].astype(str), sort=True)[0].astype(np.int32)
 
 
 def _carries(label: np.ndarray, names: Sequence[str]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 The file holds the cells of the training and validation perturbations and the controls, the genes
 chosen on training cells, the codes of *all* perturbed genes (they come from side information), and a
-plan that pairs every perturbed cell with control cells of its batch.
+plan that pairs every cell with a control cell, see :mod:`biojepa.controls`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Pairs:
     log_library_size
         ``(cells,)`` natural logarithm of the library size.
     partner
-        ``(cells,)`` a control cell of the same batch for each cell; controls point to another control.
+        ``(cells,)`` the control cell that the pairing strategy found for each cell; controls point to
+        another control.
     labels, sets, categories
         All perturbations, test included, in the order of ``split.tsv``.
     types, type_code
@@ -59,8 +60,8 @@ class Pairs:
     n_cells
         ``(labels,)`` cells in this file, 0 for test perturbations.
     facts
-        Attributes of the file: dataset, scheme, fold, seed, SHA-256 of the split, target sum; in the scheme
-        context, the held-out context.
+        Attributes of the file: dataset, scheme, fold, seed, SHA-256 of the split, pairing strategy; in the
+        scheme context, the held-out context.
     contexts, context
         In the scheme context, names, and ``(cells,)`` position of each cell's in them; else empty and
         ``None``.

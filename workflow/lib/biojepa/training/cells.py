@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from biojepa.contracts import POPULATION, STRATEGY
 from biojepa.pairs import CONTROL_CODE, Pairs
 
 # Share of a GPU's free memory that the cells may take, dense and sparse.
@@ -167,16 +168,21 @@ class Populations:
     each drawn cell a control of its batch, so that the batch composition of the two sides is the same. In
     the scheme context the control is of the same context too.
 
+    Where the pair stage chose another strategy than populations, the controls of the drawn cells are their
+    partners.
+
     Parameters
     ----------
     pairs
-        Codes of perturbation and batch, and of the context where one is held out.
+        Codes of perturbation and batch, and of the context where one is held out; partners.
     device
         Where the drawing happens.
     """
 
     def __init__(self, pairs: Pairs, device: torch.device) -> None:
         self.device = device
+        fixed = pairs.facts.get(STRATEGY, POPULATION) != POPULATION
+        self.partner = torch.from_numpy(pairs.partner.astype(np.int64)).to(device) if fixed else None
         order = np.argsort(pairs.perturbation, kind="stable")
         counts = np.bincount(pairs.perturbation + 1, minlength=len(pairs.labels) + 1)
         self.order = torch.from_numpy(order).to(device)
@@ -206,6 +212,8 @@ class Populations:
         place = torch.rand(len(labels), size, device=self.device)
         slot = labels + 1
         cells = self.order[self.first[slot][:, None] + (place * self.count[slot][:, None]).long()]
+        if self.partner is not None:
+            return cells, self.partner[cells]
         return cells, self.draw_controls(self.group[cells])
 
     def draw_controls(self, group: Tensor) -> Tensor:
