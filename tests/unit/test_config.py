@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from biojepa.config import ConfigError, load_config
-from biojepa.contracts import NO_SPLIT, SCHEMES
+from biojepa.contracts import NO_SPLIT, SCHEMES, STRATEGIES
 from biojepa.evaluation.settings import DistributionSettings, EnrichmentSettings, EvaluationSettings
 from biojepa.guides import GuideAssignment
 from biojepa.models import ABLATION_MODELS, known_models
@@ -278,6 +278,12 @@ def test_protocols_of_the_schema_are_those_of_the_code():
     part = schema_of()["properties"]
     assert part["pair"]["properties"]["combination_protocol"]["enum"] == list(COMBINATION_PROTOCOLS)
     assert part["schemes"]["items"]["enum"] == [*SCHEMES, NO_SPLIT]
+
+
+def test_an_unknown_pairing_strategy_is_refused_with_the_nearest_one(folder):
+    assert schema_of()["properties"]["pair"]["properties"]["strategy"]["enum"] == list(STRATEGIES)
+    with pytest.raises(ConfigError, match=r"pair\.strategy: 'mached' is not one of.* Did you mean matched\?"):
+        load(pair={"strategy": "mached"})
 
 
 def test_the_config_of_all_schemes_is_valid(monkeypatch):
