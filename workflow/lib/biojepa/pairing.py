@@ -166,7 +166,7 @@ def freeze_split(
     """
     with h5py.File(cells_path, "r") as file:
         obs = read_elem(file["obs"])
-    held_out, n_folds = _hold_out(obs, scheme, fold, settings, cells_path)
+    held_out, n_folds = hold_out(obs, scheme, fold, settings, cells_path)
     elsewhere = held_out.facts.get(VALIDATION_ELSEWHERE, ())
     left_out = held_out.facts.get(LEFT_OUT, {})
     few = ", ".join(f"{name} ({n})" for name, n in left_out.items() if name not in elsewhere)
@@ -187,10 +187,27 @@ def freeze_split(
     return held_out.table
 
 
-def _hold_out(
+def hold_out(
     obs: pd.DataFrame, scheme: str, fold: int, settings: PairSettings, where: str | Path
 ) -> tuple[HeldOut, int]:
-    """Deal one fold of a scheme, and say how many folds it has."""
+    """Deal one fold of a scheme, and say how many folds it has.
+
+    Parameters
+    ----------
+    obs
+        Columns ``perturbation`` and, for the scheme context, the one that holds contexts.
+    scheme, fold, settings
+        Which fold of what.
+    where
+        File that the labels come from, for messages.
+
+    Raises
+    ------
+    InputError
+        With too few perturbations to split, or when the screen lacks what the scheme asks for.
+    ValueError
+        For an unknown scheme.
+    """
     labels, share, seed = obs[PERTURBATION].astype(str).to_numpy(), settings.validation_share, settings.seed
     if scheme == "gene":
         return split_genes(labels, fold, settings.n_folds, share, seed, where), settings.n_folds

@@ -117,16 +117,58 @@ def annotate_cells(screen: RawScreen, source: ScreenSource, guides: GuideAssignm
     InputError
         When a column is missing, no control is found, or a library size is not positive.
     """
-    sums = None
+    sums = sum_cells(screen, with_guides=True) if needs_guide_counts(screen, source) else None
+    table = label_cells(screen, source, guides, None if sums is None else sums.guides)
+    obs = screen.obs
+    table.obs[BATCH] = batches_of(screen, source)
+    by = source.batch_column or screen.sample_column or "nothing, so one"
+    log.info("batches by %s: %d", by, table.obs[BATCH].nunique())
+    table.obs[CELL_TYPE] = cell_types_of(obs, source)
+
+    sums = sums or sum_cells(screen)
+    table.obs[N_COUNTS] = sums.n_counts
+    table.obs[N_GENES] = sums.n_genes
+    table.obs[LIBRARY_SIZE] = library_sizes(obs, sums.n_counts, source)
+    table.obs[PCT_MITO] = mitochondrial_percent(screen, sums, source)
+    return table
+
+
+def needs_guide_counts(screen: RawScreen, source: ScreenSource) -> bool:
+    """Tell whether perturbations are called from the counts of guides."""
+    told = source.perturbation_column or screen.called_guides is not None
+    return not told and screen.guide_names is not None
+
+
+def label_cells(
+    screen: RawScreen,
+    source: ScreenSource,
+    guides: GuideAssignment,
+    guide_counts: sparse.csr_matrix | None = None,
+) -> CellTable:
+    """Say what perturbed each cell, without looking at the counts of genes.
+
+    Parameters
+    ----------
+    screen, source, guides
+        The screen, what its columns mean, and how guides are called.
+    guide_counts
+        ``(cells, guides)``; needed where :func:`needs_guide_counts` says so.
+
+    Raises
+    ------
+    InputError
+        When a column is missing, or no control is found.
+    """
     if source.perturbation_column:
-        calls = _from_labels(screen, source)
+        table = _from_labels(screen, source)
     elif screen.called_guides is not None:
-        calls = _from_guide_calls(screen, source, guides)
+        table = _from_guide_calls(screen, source, guides)
     elif screen.guide_names is not None:
-        sums = sum_cells(screen, with_guides=True)
-        calls = _from_guide_counts(screen, sums.guides, source, guides)
+        if guide_counts is None:
+            raise ValueError("perturbations of this screen are called from guide counts, which are missing")
+        table = _from_guide_counts(screen, guide_counts, source, guides)
     elif source.guide_column and source.guide_table:
-        calls = _from_guide_column(screen, source)
+        table = _from_guide_column(screen, source)
     else:
         raise InputError(
             f"dataset table, row {source.dataset!r}",
@@ -135,7 +177,6 @@ def annotate_cells(screen: RawScreen, source: ScreenSource, guides: GuideAssignm
             "with `guide_table`",
             f"set `perturbation_column` to one of: {', '.join(map(str, screen.obs.columns)) or 'none'}",
         )
-    table, obs = calls, screen.obs
     known = table.obs[PERTURBATION]
     if not (known == CONTROL).any():
         raise InputError(
@@ -149,17 +190,18 @@ def annotate_cells(screen: RawScreen, source: ScreenSource, guides: GuideAssignm
     table.obs[N_PERTURBED_GENES] = known.map(genes).fillna(0).astype(np.int32).to_numpy()
     table.obs[PERTURBATION_TYPE] = source.perturbation_type
     table.obs[DOSE] = np.nan
-    batches = source.batch_column or screen.sample_column
-    table.obs[BATCH] = _text_column(obs, batches, source, "batch_column", "all")
-    log.info("batches by %s: %d", batches or "nothing, so one", table.obs[BATCH].nunique())
-    table.obs[CELL_TYPE] = _text_column(obs, source.cell_type_column, source, "cell_type_column", "unknown")
-
-    sums = sums or sum_cells(screen)
-    table.obs[N_COUNTS] = sums.n_counts
-    table.obs[N_GENES] = sums.n_genes
-    table.obs[LIBRARY_SIZE] = library_sizes(obs, sums.n_counts, source)
-    table.obs[PCT_MITO] = mitochondrial_percent(screen, sums, source)
     return table
+
+
+def batches_of(screen: RawScreen, source: ScreenSource) -> np.ndarray:
+    """Return the batch of each cell as text ``(cells,)``: a column, else the sample, else ``all``."""
+    column = source.batch_column or screen.sample_column
+    return _text_column(screen.obs, column, source, "batch_column", "all")
+
+
+def cell_types_of(obs: pd.DataFrame, source: ScreenSource) -> np.ndarray:
+    """Return the cell type of each cell as text ``(cells,)``, ``unknown`` without a column."""
+    return _text_column(obs, source.cell_type_column, source, "cell_type_column", "unknown")
 
 
 def _from_labels(screen: RawScreen, source: ScreenSource) -> CellTable:

@@ -117,7 +117,7 @@ def filter_cells(screen: RawScreen, cells: CellTable, settings: PreprocessSettin
         funnel.drop("max_pct_mito", f"≤ {settings.max_pct_mito:g} %", mito > settings.max_pct_mito)
     _filter_by_mad(funnel, obs, settings.mad_threshold, no_mito)
     _filter_doublets(funnel, screen, obs, settings)
-    _filter_small_perturbations(funnel, obs[PERTURBATION], settings.min_cells_per_perturbation, where)
+    filter_small_perturbations(funnel, obs[PERTURBATION], settings.min_cells_per_perturbation, where)
     return funnel
 
 
@@ -268,7 +268,7 @@ def scrublet_scores(
     return cells.obs[DOUBLET_SCORE].to_numpy(), called
 
 
-def _filter_small_perturbations(funnel: Funnel, labels: pd.Series, min_cells: int, where: str) -> None:
+def filter_small_perturbations(funnel: Funnel, labels: pd.Series, min_cells: int, where: str) -> None:
     """Drop perturbations with too few cells; stop when the control or all others are among them."""
     counts = labels[funnel.keep].value_counts()
     n_control = int(counts.get(CONTROL, 0))

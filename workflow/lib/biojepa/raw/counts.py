@@ -27,10 +27,8 @@ def what_is_wrong(matrix: Any) -> str:
     values = matrix["data"] if isinstance(matrix, h5py.Group) else matrix
     values = values.data if sparse.issparse(values) else values
     values = values if isinstance(values, h5py.Dataset) else np.asarray(values)
-    if values.dtype == bool:
-        return "truth values"
-    if values.dtype.kind not in "iuf":
-        return f"values of type {values.dtype}"
+    if wrong := wrong_type(values):
+        return wrong
     some = False
     height = max(1, BLOCK_ENTRIES // max(values.shape[1] if values.ndim == 2 else 1, 1))
     for start in range(0, values.shape[0], height):
@@ -39,6 +37,14 @@ def what_is_wrong(matrix: Any) -> str:
             return describe(part)
         some = some or bool(np.any(part > 0))
     return "" if some else "nothing but zeros"
+
+
+def wrong_type(matrix: Any) -> str:
+    """Say why values of the type of a matrix cannot be counts, looking at none; empty: they may be."""
+    dtype = (matrix["data"] if isinstance(matrix, h5py.Group) else matrix).dtype
+    if dtype.kind == "b":
+        return "truth values"
+    return "" if dtype.kind in "iuf" else f"values of type {dtype}"
 
 
 def are_counts(values: np.ndarray) -> bool:

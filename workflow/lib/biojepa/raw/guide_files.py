@@ -32,6 +32,8 @@ GUIDE_COLUMNS = ("guide", "guide_id", "guide_identity", "sgRNA", "feature", "fea
 COUNT_COLUMNS = ("count", "counts", "umi_count", "UMI_count", "umis", "n_umis", "num_umis")
 
 GuideMatrix = tuple[np.ndarray, sparse.csr_matrix, list[str]]
+# Guides, cells and counts ``(cells, guides)``; None where counts were not asked for.
+GuideTable = tuple[pd.Index, pd.Index, sparse.csr_matrix | None]
 
 
 def read_guide_counts(
@@ -39,7 +41,8 @@ def read_guide_counts(
     barcodes: pd.Index,
     open_matrix: Callable[[Path], Parts],
     with_samples: bool = False,
-) -> GuideMatrix:
+    tables_only: bool = False,
+) -> tuple[np.ndarray, sparse.csr_matrix | None, list[str]]:
     """Read guide counts that lie in a file or folder of their own.
 
     Parameters
@@ -54,11 +57,13 @@ def read_guide_counts(
         How a 10x matrix is opened.
     with_samples
         Whether barcodes start with the name of a sample.
+    tables_only
+        Whether to read the names of guides and cells and no count.
 
     Returns
     -------
-    Names of the guides; counts ``(len(barcodes), guides)`` CSR float32, zero for a cell that the file lacks;
-    notes.
+    Names of the guides; counts ``(len(barcodes), guides)`` CSR float32, zero for a cell that the file lacks,
+    or None with ``tables_only``; notes.
 
     Raises
     ------
@@ -68,20 +73,16 @@ def read_guide_counts(
     path = Path(path)
     if path.is_dir() or path.name.endswith(".h5"):
         parts = open_matrix(path)
-        names, cells, counts = _of_matrix(parts)
+        names, cells, counts = _of_matrix(parts, tables_only)
     else:
         require_file(path, "guide_counts")
-        names, cells, counts = _of_table(path, barcodes, with_samples)
+        names, cells, counts = _of_table(path, barcodes, with_samples, tables_only)
     _require_unique(names, f"{path}, guides")
     _require_unique(cells, f"{path}, barcodes")
     places, note = match_barcodes(barcodes, cells)
     found = places >= 0
     if not found.any():
         raise no_match(path, "barcode", barcodes, cells)
-    take = sparse.csr_matrix(
-        (np.ones(int(found.sum()), dtype=np.float32), (np.flatnonzero(found), places[found])),
-        shape=(len(barcodes), len(cells)),
-    )
     notes = [f"guide counts of {len(names)} guides taken from {path.name}"]
     if note:
         notes.append(f"{note} with those of {path.name}")
@@ -89,59 +90,75 @@ def read_guide_counts(
         notes.append(f"{lost} of {len(barcodes)} cells have no guide counts in {path.name}: no guide")
     if other := len(cells) - int(found.sum()):
         notes.append(f"{other} of {len(cells)} barcodes of {path.name} are no cell of the screen")
-    return names.to_numpy(dtype=object), to_counts(take @ counts), notes
+    guides = names.to_numpy(dtype=object)
+    if counts is None:
+        return guides, None, notes
+    take = sparse.csr_matrix(
+        (np.ones(int(found.sum()), dtype=np.float32), (np.flatnonzero(found), places[found])),
+        shape=(len(barcodes), len(cells)),
+    )
+    return guides, to_counts(take @ counts), notes
 
 
-def _of_matrix(parts: Parts) -> tuple[pd.Index, pd.Index, sparse.csr_matrix]:
+def _of_matrix(parts: Parts, tables_only: bool) -> GuideTable:
     """Return guides, cells and counts of a 10x matrix: its guides, or all features where it has no types."""
     types = parts.var[FEATURE_TYPES] if FEATURE_TYPES in parts.var else pd.Series(dtype=str)
     guides = np.flatnonzero(types == GUIDE_TYPE)
     columns = guides if len(guides) else np.arange(len(parts.var))
+    names = pd.Index(parts.var.index[columns].astype(str)), pd.Index(parts.obs.index.astype(str))
+    if tables_only:
+        return *names, None
     blocks = [to_counts(block)[:, columns] for _, block in parts.counts.blocks()]
-    counts = sparse.csr_matrix(sparse.vstack(blocks, format="csr"))
-    return pd.Index(parts.var.index[columns].astype(str)), pd.Index(parts.obs.index.astype(str)), counts
+    return *names, sparse.csr_matrix(sparse.vstack(blocks, format="csr"))
 
 
-def _of_table(
-    path: Path, barcodes: pd.Index, with_samples: bool
-) -> tuple[pd.Index, pd.Index, sparse.csr_matrix]:
+def _of_table(path: Path, barcodes: pd.Index, with_samples: bool, tables_only: bool) -> GuideTable:
     """Return guides, cells and counts of a table, read a part at a time."""
-    chunks = _chunks(path)
+    header = _header(path)
+    guide = next((name for name in GUIDE_COLUMNS if name in header), "")
+    count = next((name for name in COUNT_COLUMNS if name in header), "")
+    without_counts = [name for name in header if name != count] if guide and count else header[:1]
+    chunks = _chunks(path, len(header), without_counts if tables_only else None)
     first = next(chunks, None)
     if first is None or first.empty:
         raise InputError(path, "no rows", "counts of guides", "name another file in `guide_counts`")
-    guide = next((name for name in GUIDE_COLUMNS if name in first.columns), "")
-    count = next((name for name in COUNT_COLUMNS if name in first.columns), "")
     if guide and count:
-        return _of_long_table(path, first, chunks, guide, count, with_samples)
+        return _of_long_table(path, first, chunks, guide, "" if tables_only else count, with_samples)
     names: list[str] = []
-    others = pd.Index([str(name) for name in first.columns[1:]])
+    others = pd.Index(header[1:])
     parts = []
     for chunk in (first, *chunks):
         names.extend(chunk.iloc[:, 0].astype(str))
-        parts.append(sparse.csr_matrix(_numbers(chunk.iloc[:, 1:], path)))
-    counts = sparse.csr_matrix(sparse.vstack(parts, format="csr"))
+        if not tables_only:
+            parts.append(sparse.csr_matrix(_numbers(chunk.iloc[:, 1:], path)))
+    counts = None if tables_only else sparse.csr_matrix(sparse.vstack(parts, format="csr"))
     rows = pd.Index(names)
     # Whether cells are rows or columns, only their barcodes tell.
     in_rows, in_columns = (int((match_barcodes(barcodes, side)[0] >= 0).sum()) if side.is_unique else 0
                            for side in (rows, others))  # fmt: skip
     if in_columns > in_rows:
-        return rows, others, sparse.csr_matrix(counts.T)
+        return rows, others, None if counts is None else sparse.csr_matrix(counts.T)
     return others, rows, counts
 
 
-def _chunks(path: Path) -> Iterator[pd.DataFrame]:
-    """Yield the rows of a table in parts."""
-    delimiter = delimiter_of(path)
+def _header(path: Path) -> list[str]:
+    """Return the names of the columns of a table."""
     with readable(path):
-        columns = list(pd.read_csv(path, nrows=0, sep=delimiter, encoding="utf-8-sig").columns)
-        require_delimiter(columns, path)
+        columns = list(pd.read_csv(path, nrows=0, sep=delimiter_of(path), encoding="utf-8-sig").columns)
+    require_delimiter(columns, path)
+    return [str(name) for name in columns]
+
+
+def _chunks(path: Path, n_columns: int, wanted: list[str] | None) -> Iterator[pd.DataFrame]:
+    """Yield the wanted columns, None for all, of the rows of a table, in parts."""
+    with readable(path):
         yield from pd.read_csv(
             path,
-            sep=delimiter,
+            sep=delimiter_of(path),
             encoding="utf-8-sig",
             keep_default_na=False,
-            chunksize=max(1, BLOCK_ENTRIES // len(columns)),
+            usecols=wanted,
+            chunksize=max(1, BLOCK_ENTRIES // n_columns),
         )
 
 
@@ -152,8 +169,8 @@ def _of_long_table(
     guide: str,
     count: str,
     with_samples: bool,
-) -> tuple[pd.Index, pd.Index, sparse.csr_matrix]:
-    """Return guides, cells and counts of a table with one row for each cell and guide."""
+) -> GuideTable:
+    """Return guides, cells and counts of a table with a row for each cell and guide; ``count`` may be none."""
     key = key_column(first)
     places: tuple[dict[str, int], dict[str, int]] = ({}, {})
     entries: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = ([], [], [])
@@ -162,10 +179,13 @@ def _of_long_table(
         for labels, known, part in zip((cells, chunk[guide].astype(str)), places, entries[:2], strict=True):
             codes, distinct = pd.factorize(np.asarray(labels, dtype=object))
             part.append(np.array([known.setdefault(name, len(known)) for name in distinct])[codes])
-        entries[2].append(_numbers(chunk[[count]], path).ravel())
+        if count:
+            entries[2].append(_numbers(chunk[[count]], path).ravel())
+    names = pd.Index(list(places[1])), pd.Index(list(places[0]))
+    if not count:
+        return *names, None
     cell, column, value = (np.concatenate(part) for part in entries)
-    counts = sparse.csr_matrix((value, (cell, column)), shape=(len(places[0]), len(places[1])))
-    return pd.Index(list(places[1])), pd.Index(list(places[0])), counts
+    return *names, sparse.csr_matrix((value, (cell, column)), shape=(len(places[0]), len(places[1])))
 
 
 def _numbers(table: pd.DataFrame, path: Path) -> np.ndarray:

@@ -12,8 +12,8 @@ import pandas as pd
 from anndata.io import read_elem
 
 from biojepa.errors import InputError
-from biojepa.raw.counts import to_counts, what_is_wrong
-from biojepa.raw.matrix import CompressedRows, DenseRows, RowBlocks, column_entries, shape_of
+from biojepa.raw.counts import to_counts, what_is_wrong, wrong_type
+from biojepa.raw.matrix import CompressedRows, DenseRows, RowBlocks, UnreadRows, column_entries, shape_of
 from biojepa.raw.parts import Parts, Reading, open_hdf5
 from biojepa.raw.source import ScreenSource
 
@@ -34,11 +34,19 @@ def open_h5ad(path: Path, source: ScreenSource, how: Reading) -> Parts:
     if _is_current(file):
         places, obs = _places_in_file(file), read_elem(file["obs"])
     else:
-        screen = ad.read_h5ad(path)
+        # Backed, tables are read and the matrix is not.
+        screen = ad.read_h5ad(path, backed="r" if how.tables_only else None)
+        if how.tables_only:
+            how.stack.callback(screen.file.close)
         places, obs = _places_in_memory(screen), screen.obs.copy()
     notes: list[str] = []
-    where, matrix, var = _raw_counts(places, path, source.counts_layer)
-    if where != "X":
+    where, matrix, var = _raw_counts(places, path, source.counts_layer, how.tables_only)
+    others = [name for name, (one, _) in places.items() if name != where and not wrong_type(one)]
+    if how.tables_only and not source.counts_layer and others:
+        notes.append(
+            f"raw counts are looked for in {where} first, then in {', '.join(others)}, when values are read"
+        )
+    elif where != "X":
         notes.append(f"raw counts taken from {where}")
     return Parts(_rows_in(matrix, path, how), obs, var().copy(), notes)
 
@@ -88,8 +96,11 @@ def _layers_in_order(layers: Iterable[str]) -> list[str]:
     return sorted(layers, key=lambda name: (name != "counts", name))
 
 
-def _raw_counts(places: Places, path: Path, layer: str) -> tuple[str, Any, Callable[[], pd.DataFrame]]:
+def _raw_counts(
+    places: Places, path: Path, layer: str, tables_only: bool = False
+) -> tuple[str, Any, Callable[[], pd.DataFrame]]:
     """Return where the raw counts are, the matrix, and how to read the table of its genes."""
+    look = wrong_type if tables_only else what_is_wrong
     listed = ", ".join(repr(name) for name in places)
     if layer and layer not in places:
         raise InputError(
@@ -101,7 +112,7 @@ def _raw_counts(places: Places, path: Path, layer: str) -> tuple[str, Any, Calla
     wrong = {}
     for name in [layer] if layer else places:
         matrix, var = places[name]
-        wrong[name] = what_is_wrong(matrix)
+        wrong[name] = look(matrix)
         if not wrong[name]:
             return name, matrix, var
     fractions = all("fractions" in found for found in wrong.values())
@@ -116,6 +127,8 @@ def _raw_counts(places: Places, path: Path, layer: str) -> tuple[str, Any, Calla
 
 def _rows_in(matrix: Any, path: Path, how: Reading) -> RowBlocks:
     """Return a matrix, in memory or in a file, as blocks of rows."""
+    if how.tables_only:
+        return UnreadRows(shape_of(matrix) if isinstance(matrix, h5py.Group) else matrix.shape)
     if isinstance(matrix, h5py.Group):
         if matrix.attrs["encoding-type"] == "csc_matrix":
             return how.in_rows(

@@ -113,6 +113,17 @@ class CompressedRows:
             yield first, sparse.csr_matrix((self._data[part], indices, local), shape=shape)
 
 
+class UnreadRows:
+    """A matrix of which only the shape is known, where tables are all that is wanted."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = (int(shape[0]), int(shape[1]))
+
+    def blocks(self, wanted: np.ndarray | None = None) -> Iterator[tuple[int, sparse.csr_matrix]]:
+        """Refuse: whoever asked for tables alone must not read counts."""
+        raise ValueError("the counts of this screen were not opened; only its tables can be read")
+
+
 class DenseRows:
     """A dense matrix, in memory or in a file; ``entries`` bounds cells × genes of a block."""
 

@@ -36,12 +36,16 @@ class Parts:
 
 @dataclass
 class Reading:
-    """How large matrices are read: what is closed at the end, where temporary files go, sizes of blocks."""
+    """How large matrices are read: what is closed at the end, where temporary files go, sizes of blocks.
+
+    With ``tables_only``, readers look at no value of a matrix and return its shape.
+    """
 
     stack: ExitStack
     scratch: str | Path | None = None
     entries: int | None = None
     most: int | None = None
+    tables_only: bool = False
 
     def in_rows(
         self, entries: Iterator[Entries], n_entries: int, shape: tuple[int, int], where: Path

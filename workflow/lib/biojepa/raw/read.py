@@ -181,6 +181,7 @@ def open_screen(
     scratch: str | Path | None = None,
     entries: int | None = None,
     most: int | None = None,
+    tables_only: bool = False,
 ) -> Iterator[RawScreen]:
     """Open a screen of any size: its tables are read, its counts stay in the file.
 
@@ -199,6 +200,11 @@ def open_screen(
         Entries of a block; nothing that is read depends on it.
     most
         Entries that are put into rows at a time.
+    tables_only
+        Whether tables and shapes are enough: no value of a matrix is read then, and ``counts`` can only be
+        asked for its shape; of guide counts, the names of the guides are read. Values are not there to say
+        which of several matrices holds counts: the first one of numbers is taken, where ``counts_layer``
+        names none, and a note says so.
 
     Yields
     ------
@@ -216,7 +222,7 @@ def open_screen(
             path, "nothing there", "the raw data of the screen", "correct `source` in the dataset table"
         )
     with ExitStack() as stack:
-        how = Reading(stack, scratch, entries, most)
+        how = Reading(stack, scratch, entries, most, tables_only)
         form, why = detect_format(source, how)
         log.info("%s is read as %s: %s", path, form, why)
         with damage_told(path):
@@ -261,7 +267,7 @@ def _add_guides(screen: RawScreen, source: ScreenSource, how: Reading) -> None:
     index, samples = screen.obs.index, bool(screen.sample_column)
     if source.guide_counts:
         names, counts, said = read_guide_counts(
-            source.guide_counts, index, lambda path: open_10x(path, how), samples
+            source.guide_counts, index, lambda path: open_10x(path, how), samples, how.tables_only
         )
         if screen.guides is not None:
             said.append(f"the {len(screen.guides)} guides in the matrix left aside for them")

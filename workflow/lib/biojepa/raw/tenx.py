@@ -20,8 +20,8 @@ from scipy.io import mminfo, mmread
 
 from biojepa.contracts import GENE_ID
 from biojepa.errors import InputError
-from biojepa.raw.counts import are_counts, describe, to_counts, what_is_wrong
-from biojepa.raw.matrix import BLOCK_ENTRIES, CompressedRows, Entries, RowBlocks, StackedRows
+from biojepa.raw.counts import are_counts, describe, to_counts, what_is_wrong, wrong_type
+from biojepa.raw.matrix import BLOCK_ENTRIES, CompressedRows, Entries, RowBlocks, StackedRows, UnreadRows
 from biojepa.raw.parts import Parts, Reading, open_hdf5
 from biojepa.raw.tables import read_plain_columns
 from biojepa.sample_files import HDF5, SampleFiles, find_samples
@@ -133,7 +133,9 @@ def _open_mtx(matrix_path: Path, features_path: Path, barcodes_path: Path, how: 
                 else "use the files of the same run",
             )
         counts: RowBlocks
-        if kind[0] == "coordinate" and kind[1] in ("integer", "real") and kind[2] == "general":
+        if how.tables_only:
+            counts = UnreadRows((n_barcodes, n_features))
+        elif kind[0] == "coordinate" and kind[1] in ("integer", "real") and kind[2] == "general":
             entries = _mtx_entries(matrix_path, n_entries, how.entries)
             counts = how.in_rows(entries, n_entries, (n_barcodes, n_features), matrix_path)
         else:
@@ -242,7 +244,7 @@ def _open_hdf5_matrix(path: Path, how: Reading) -> Parts:
             var[FEATURE_TYPES] = _text(features["feature_type"])
     else:
         var = pd.DataFrame({GENE_ID: _text(group["genes"])}, index=_text(group["gene_names"]))
-    if wrong := what_is_wrong(group):
+    if wrong := (wrong_type if how.tables_only else what_is_wrong)(group):
         raise _no_counts(path, wrong)
     n_features, n_barcodes = (int(size) for size in group["shape"][:])
     obs = pd.DataFrame(index=pd.Index(_text(group["barcodes"])))
@@ -254,6 +256,8 @@ def _open_hdf5_matrix(path: Path, how: Reading) -> Parts:
             "the file is damaged: fetch it again",
         )
     shape = (n_barcodes, n_features)
+    if how.tables_only:
+        return Parts(UnreadRows(shape), obs, var)
     indptr = group["indptr"][:].astype(np.int64)
     return Parts(CompressedRows(group["data"], group["indices"], indptr, shape, path, how.entries), obs, var)
 
