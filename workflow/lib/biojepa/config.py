@@ -61,7 +61,17 @@ SIMULATED_FILES = ("raw.h5ad", "guides.csv", "network.tsv.gz", "gene_sets.gmt")
 
 
 class ConfigError(ValueError):
-    """The config or the table of datasets cannot be used; the message names the key or the row."""
+    """The config or the table of datasets cannot be used; the message names the key or the row.
+
+    Attributes
+    ----------
+    problems
+        What the message is made of, one sentence for each problem.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__(_listing(list(problems)))
 
 
 @dataclass(frozen=True)
@@ -420,6 +430,29 @@ def load_config(
     ConfigError
         With every problem found, each naming file and key or row, what was found and what to write.
     """
+    resolved, problems = read_config(config, schemas, catalogue)
+    if resolved is None or problems:
+        raise ConfigError(*problems)
+    return resolved
+
+
+def read_config(
+    config: Mapping[str, Any], schemas: str | Path, catalogue: str | Path | None = None
+) -> tuple[Config | None, list[str]]:
+    """Do as :func:`load_config` does, but hand on what can be told of a config in spite of its problems.
+
+    Parameters
+    ----------
+    config, schemas, catalogue
+        As there.
+
+    Returns
+    -------
+    config
+        None where no dataset can be told; else what is right of it.
+    problems
+        Every problem found, none where :func:`load_config` would take the config.
+    """
     schema = _read_schema(Path(schemas) / "config.schema.yaml")
     content = _with_booleans(copy.deepcopy(dict(config)), schema)
     problems = list(_problems(content, schema, "config"))
@@ -429,16 +462,22 @@ def load_config(
             partial = {**schema, "properties": sections, "required": []}
             problems += _problems(override, partial, f"config, overrides.{name}")
     if problems:
-        raise ConfigError(_listing(problems))
+        return None, problems
     content = _with_defaults(_with_sizes(content), schema)
     known = read_catalogue(catalogue) if catalogue is not None else {}
-    sources, notes = _read_sources(content, _read_schema(Path(schemas) / "datasets.schema.yaml"), known)
-    resolved = Config(content, sources, tuple(notes))
+    try:
+        sources, notes, problems = _read_sources(
+            content, _read_schema(Path(schemas) / "datasets.schema.yaml"), known
+        )
+    except ConfigError as error:
+        return None, list(error.problems)
+    # What is wrong with one row says nothing of the others, which are looked at without it.
+    usable = [name for name in content["run"] if name in sources]
+    if not usable:
+        return None, problems
+    resolved = Config({**content, "run": usable}, sources, tuple(notes))
     # What is wrong for every dataset is told once.
-    problems = list(dict.fromkeys(_contradictions(resolved)))
-    if problems:
-        raise ConfigError(_listing(problems))
-    return resolved
+    return resolved, list(dict.fromkeys([*problems, *_contradictions(resolved)]))
 
 
 def _with_booleans(content: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -754,73 +793,117 @@ def _read_table(path: Path, *, may_be_missing: bool) -> list[dict[str, str]]:
 
 def _read_sources(
     content: Mapping[str, Any], schema: Mapping[str, Any], catalogue: Mapping[str, Entry]
-) -> tuple[dict[str, Source], list[str]]:
-    """Read the rows to run, and those whose responses they use; also what should be said about them."""
+) -> tuple[dict[str, Source], list[str], list[str]]:
+    """Read the rows to run, and those whose responses they use.
+
+    Returns
+    -------
+    Name to row of those that can be used, what should be said about them, and what is wrong with others.
+    A row that uses one that cannot be used, cannot be used either.
+    """
     path = Path(content["datasets"])
     # The catalogue alone is enough where no table was named.
     alone = path == Path(DEFAULT_TABLE) and all(name in catalogue for name in content["run"])
     table = _read_table(path, may_be_missing=alone)
     sources: dict[str, Source] = {}
     notes: list[str] = []
+    problems: list[str] = []
     known = list(dict.fromkeys([*(row["dataset"] for row in table), *catalogue]))
-    for name in content["overrides"]:
-        if name not in known:
-            raise ConfigError(f"config, overrides.{name}: expected a dataset of {path}: {', '.join(known)}")
+    problems += [
+        f"config, overrides.{name}: expected a dataset of {path}: {', '.join(known)}"
+        for name in content["overrides"]
+        if name not in known
+    ]
     wanted = [(name, "config, run") for name in content["run"]]
+    looked_at: set[str] = set()
     for name, where in wanted:
-        if name in sources:
+        if name in looked_at:
             continue
-        rows = [row for row in table if row["dataset"] == name]
-        if len(rows) != 1 and (rows or name not in catalogue):
-            hint = _nearest(name, known)
-            listed = ", ".join(row["dataset"] for row in table)
-            public = f", or of the catalogue: {', '.join(catalogue)}" if catalogue else ""
-            raise ConfigError(
-                f"{where}: {name} is in {len(rows)} rows of {path}; expected one of {listed}{public}. "
-                f"{hint}".rstrip()
-            )
-        place = f"{path}, row {name}"
-        row = {key: value for key, value in rows[0].items() if value != ""} if rows else {}
-        if name in catalogue:
-            row, note = catalogue[name].merged(row, place)
-            notes += [note] if note else []
-            place = place if rows else f"catalogue, {name}"
-        if "source" not in row:
-            hint = _nearest(name, catalogue)
-            raise ConfigError(
-                f"{place}: 'source' is a required property of all but the public screens of the catalogue: "
-                f"{', '.join(catalogue) or 'none here'}. {hint}".rstrip()
-            )
-        problems = list(_problems(row, schema, place))
-        if problems:
-            raise ConfigError(_listing(problems))
-        if missing := catalogue[name].unknown_in(row) if name in catalogue else []:
-            raise ConfigError(
-                f"{place}: found no {' and no '.join(missing)}, which the catalogue does not know for this "
-                f"screen ({catalogue[name].notes}). Fix: add a row {name} to {path} with the columns "
-                f"{', '.join(['dataset', *missing])}; all else is taken from the catalogue"
-            )
-        row = _with_defaults(row, schema)
-        places = {"{data_dir}": content["data_dir"], "{download}": f"{DOWNLOADS}/{name}"}
-        for key, value in row.items():
-            if key in FILE_COLUMNS:
-                for placeholder, folder in places.items():
-                    value = value.replace(placeholder, folder)
-                row[key] = value
-        sources[name] = Source(row, place)
-        others = sources[name].responses
-        if repeated := [other for place, other in enumerate(others) if other in others[:place]]:
-            raise ConfigError(
-                f"{path}, row {name}, column responses: found {repeated[0]} twice; expected each dataset once"
-            )
-        if name in sources[name].responses:
-            raise ConfigError(
-                f"{path}, row {name}, column responses: found the dataset itself; expected other screens, "
-                "since a screen must not predict itself"
-            )
+        looked_at.add(name)
+        try:
+            source, note = _read_source(name, where, content, table, schema, catalogue)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        sources[name] = source
+        notes += [note] if note else []
         if name in content["run"]:
-            wanted += [(other, f"{path}, row {name}, column responses") for other in sources[name].responses]
-    return sources, notes
+            wanted += [(other, f"{path}, row {name}, column responses") for other in source.responses]
+    while lacking := [
+        name
+        for name, source in sources.items()
+        if name in content["run"] and not set(source.responses) <= set(sources)
+    ]:
+        for name in lacking:
+            del sources[name]
+    return sources, notes, problems
+
+
+def _read_source(
+    name: str,
+    where: str,
+    content: Mapping[str, Any],
+    table: list[dict[str, str]],
+    schema: Mapping[str, Any],
+    catalogue: Mapping[str, Entry],
+) -> tuple[Source, str]:
+    """Read one row, which ``where`` asks for; also what should be said about it.
+
+    Raises
+    ------
+    ConfigError
+        When the row is not there or cannot be used.
+    """
+    path = Path(content["datasets"])
+    known = list(dict.fromkeys([*(row["dataset"] for row in table), *catalogue]))
+    rows = [row for row in table if row["dataset"] == name]
+    if len(rows) != 1 and (rows or name not in catalogue):
+        hint = _nearest(name, known)
+        listed = ", ".join(row["dataset"] for row in table)
+        public = f", or of the catalogue: {', '.join(catalogue)}" if catalogue else ""
+        raise ConfigError(
+            f"{where}: {name} is in {len(rows)} rows of {path}; expected one of {listed}{public}. "
+            f"{hint}".rstrip()
+        )
+    place, note = f"{path}, row {name}", ""
+    row = {key: value for key, value in rows[0].items() if value != ""} if rows else {}
+    if name in catalogue:
+        row, note = catalogue[name].merged(row, place)
+        place = place if rows else f"catalogue, {name}"
+    if "source" not in row:
+        hint = _nearest(name, catalogue)
+        raise ConfigError(
+            f"{place}: 'source' is a required property of all but the public screens of the catalogue: "
+            f"{', '.join(catalogue) or 'none here'}. {hint}".rstrip()
+        )
+    problems = list(_problems(row, schema, place))
+    if problems:
+        raise ConfigError(*problems)
+    if missing := catalogue[name].unknown_in(row) if name in catalogue else []:
+        raise ConfigError(
+            f"{place}: found no {' and no '.join(missing)}, which the catalogue does not know for this "
+            f"screen ({catalogue[name].notes}). Fix: add a row {name} to {path} with the columns "
+            f"{', '.join(['dataset', *missing])}; all else is taken from the catalogue"
+        )
+    row = _with_defaults(row, schema)
+    places = {"{data_dir}": content["data_dir"], "{download}": f"{DOWNLOADS}/{name}"}
+    for key, value in row.items():
+        if key in FILE_COLUMNS:
+            for placeholder, folder in places.items():
+                value = value.replace(placeholder, folder)
+            row[key] = value
+    source = Source(row, place)
+    others = source.responses
+    if repeated := [other for place, other in enumerate(others) if other in others[:place]]:
+        raise ConfigError(
+            f"{path}, row {name}, column responses: found {repeated[0]} twice; expected each dataset once"
+        )
+    if name in others:
+        raise ConfigError(
+            f"{path}, row {name}, column responses: found the dataset itself; expected other screens, "
+            "since a screen must not predict itself"
+        )
+    return source, note
 
 
 def _read_schema(path: Path) -> dict[str, Any]:
