@@ -170,7 +170,7 @@ def _of_long_table(
     count: str,
     with_samples: bool,
 ) -> GuideTable:
-    """Return guides, cells and counts of a table with a row for each cell and guide; ``count`` may be none."""
+    """Return guides, cells and counts of a table of rows for cell and guide; ``count`` may be none."""
     key = key_column(first)
     places: tuple[dict[str, int], dict[str, int]] = ({}, {})
     entries: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = ([], [], [])
