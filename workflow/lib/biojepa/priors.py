@@ -26,6 +26,7 @@ import pandas as pd
 from scipy import sparse
 
 from biojepa.errors import InputError
+from biojepa.gene_naming import naming_mismatch
 from biojepa.gene_sets import read_gene_sets
 from biojepa.prior_names import GENE_SETS, GENE_TABLE, NETWORK, require_file_names, source_name
 
@@ -457,10 +458,11 @@ def require_coverage(sources: Sequence[PriorSource], genes: Sequence[str]) -> No
     """
     for source in sources:
         if not source.known & set(genes):
+            mismatch = naming_mismatch(genes, source.known)
             raise InputError(
                 source.where,
                 f"genes such as {', '.join(sorted(source.known)[:3])}, none of the {len(genes)} perturbed "
-                "genes",
+                "genes" + (f" ({mismatch})" if mismatch else ""),
                 f"symbols such as {', '.join(list(genes)[:3])}",
                 f"use a file with the same gene symbols and species, or {source.remedy}",
             )

@@ -1,0 +1,43 @@
+"""Collect problems in place of stopping at the first one."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jsonschema
+
+from biojepa.errors import InputError, StoppedRun
+
+# What damaged files make readers raise, beside the errors that are meant for users.
+READING_ERRORS = (OSError, ValueError, KeyError, EOFError, zlib.error, jsonschema.ValidationError)
+
+
+class Problems:
+    """What is wrong, each thing once, in the order found.
+
+    Attributes
+    ----------
+    found
+        One sentence each, with the dataset in front where it is about one.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, problem: str, dataset: str = "") -> None:
+        """Add one, unless it is there."""
+        text = f"{dataset}: {problem}" if dataset else problem
+        if text not in self.found:
+            self.found.append(text)
+
+    @contextmanager
+    def caught(self, dataset: str, what: str) -> Iterator[None]:
+        """Turn an error in the block into a problem; ``what`` was read, where the error does not say so."""
+        try:
+            yield
+        except (InputError, StoppedRun) as error:
+            self.add(str(error), dataset)
+        except READING_ERRORS as error:
+            self.add(f"{what}: cannot be read ({type(error).__name__}: {error})", dataset)

@@ -1,0 +1,101 @@
+"""Which prior sources know the genes that a screen perturbs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from biojepa.check.problems import Problems
+from biojepa.check.screen import LISTED, Screen
+from biojepa.config import Config
+from biojepa.gene_naming import naming_mismatch
+from biojepa.gene_sets import read_gene_sets
+from biojepa.prior_names import COEXPRESSION, RESPONSES, TRAINING_CELLS
+from biojepa.priors import read_sources, require_coverage
+
+
+def look_at_sources(
+    config: Config, dataset: str, screens: Mapping[str, Screen], problems: Problems
+) -> dict[str, Any]:
+    """Count the perturbed genes that each prior source of a dataset knows.
+
+    Parameters
+    ----------
+    config, dataset
+        The checked config, and a row of its table.
+    screens
+        Every dataset looked at; other screens whose responses are a source know the genes that they perturb
+        alone.
+    problems
+        Gets files that cannot be read, and sources that know none of the genes.
+
+    Returns
+    -------
+    ``genes`` perturbed, ``measured`` of them, ``sources`` (name, kind, genes that it ``covers``, why it covers
+    few), genes that are ``uncovered``, and what is not known yet.
+    """
+    row, genes = config.source(dataset), screens[dataset].perturbed_genes
+    settings = config.settings(dataset, "pair")
+    sources, pending = [], []
+    kinds = {"networks": row.networks, "gene_sets": row.gene_sets, "gene_tables": row.gene_tables}
+    for kind, paths in kinds.items():
+        for path in paths:
+            if not Path(path).exists():
+                # Those that should be there are problems of the config.
+                pending.append(path)
+                continue
+            with problems.caught(dataset, path):
+                sources += read_sources(**{kind: [path]}, restart=settings["restart"])
+    covered: dict[str, set[str]] = {}
+    facts = []
+    for source in sources:
+        covered[source.name] = set(genes) & source.known
+        facts.append(_facts(source.name, source.kind, genes, source.known))
+        if genes:
+            with problems.caught(dataset, str(source.where)):
+                require_coverage([source], genes)
+    for other in row.responses:
+        if other not in screens or screens[other].obs is None:
+            pending.append(f"responses of {other}")
+            continue
+        covered[other] = set(genes) & screens[other].singles
+        facts.append(_facts(f"{RESPONSES}{other}", "responses", genes, screens[other].singles))
+        if genes and not covered[other]:
+            problems.add(
+                f"column responses: {other} perturbs none of the {len(genes)} perturbed genes alone; expected "
+                "some. Fix: take it out of the column, or correct the spelling of genes",
+                dataset,
+            )
+    measured = set(genes) & set(screens[dataset].measured)
+    if settings["coexpression"] and screens[dataset].measured:
+        covered[COEXPRESSION] = measured
+        facts.append(_facts(COEXPRESSION, TRAINING_CELLS, genes, screens[dataset].measured))
+    for path in row.pathways:
+        if Path(path).exists():
+            with problems.caught(dataset, path):
+                read_gene_sets(path)
+    known = set().union(*covered.values())
+    uncovered = [gene for gene in genes if gene not in known]
+    found: dict[str, Any] = {
+        "genes": len(genes),
+        "sources": facts,
+        "uncovered": len(uncovered),
+        "uncovered_first": uncovered[:LISTED],
+        "pending": pending,
+    }
+    if screens[dataset].measured:
+        found["measured"] = len(measured)
+        found["measured_hint"] = naming_mismatch(genes, screens[dataset].measured)
+    return found
+
+
+def _facts(
+    name: str, kind: str, genes: list[str], known: set[str] | frozenset[str] | list[str]
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": kind,
+        "covers": len(set(genes) & set(known)),
+        "hint": naming_mismatch(genes, known),
+    }

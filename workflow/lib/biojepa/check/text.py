@@ -1,0 +1,188 @@
+"""Write a check as plain text for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from biojepa.check.screen import CALLED, EARLIER, LISTED, UNKNOWN
+from biojepa.download.disk import size_text
+
+WIDTH = 100
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """Return the report of :func:`~biojepa.check.report.check_config` as lines of text, problems last."""
+    lines = []
+    for dataset, facts in report["datasets"].items():
+        lines += [dataset + (" (for its responses alone)" if facts["only_responses"] else "")]
+        lines += [f"  {line}" for part in _parts(facts) for line in _wrapped(part)]
+        lines.append("")
+    lines += [line for note in report["notes"] for line in _wrapped(f"Note: {note}")]
+    if report["jobs"]:
+        total = sum(report["jobs"].values())
+        lines += ["Jobs", *_wrapped(f"  {total} to run: {_counts(report['jobs'], len(report['jobs']))}")]
+    if any(report["jobs"].values()) and "estimate" in report:
+        lines += _estimate(report["estimate"])
+    problems = report["problems"]
+    lines += ["", f"{len(problems)} problem(s)" if problems else "No problem found."]
+    for problem in problems:
+        first, *rest = problem.splitlines() or [""]
+        lines += _wrapped(f"- {first}") + [part for line in rest for part in _wrapped(f"  {line}")]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _wrapped(text: str) -> list[str]:
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    return textwrap.wrap(
+        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    ) or [""]
+
+
+def _parts(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is known of a screen, a line each."""
+    for file in facts["files"]:
+        size = size_text(file["bytes"]) if file["bytes"] is not None else "size not known"
+        about = size if file["state"] == "there" else f"about {size}" if file["bytes"] else size
+        sure = "" if file["checksum"] else ", no checksum"
+        yield f"file: {file['address']} ({file['state']}, {about}{sure})"
+    if "simulated" in facts:
+        asked = ", ".join(f"{name.removeprefix('n_')} {n:,}" for name, n in facts["simulated"].items())
+        yield f"{facts['state']}: {asked}"
+    elif facts["state"] != "read":
+        about = f"; about {facts['cells_in_catalogue']:,} cells" if "cells_in_catalogue" in facts else ""
+        yield f"screen: {facts['state']}{about}"
+    if "cells" in facts:
+        guides = f", {facts['guides']:,} guides" if facts.get("guides") else ""
+        yield f"cells: {facts['cells']:,}, genes: {facts['genes']:,}{guides}"
+    yield from (f"note: {note}" for note in facts.get("notes", ()))
+    yield from _labels(facts)
+    yield from _perturbations(facts)
+    if "batches" in facts:
+        yield f"batches: {len(facts['batches'])}: {_counts(facts['batches'])}"
+    if alone := facts.get("batches_without_control"):
+        yield f"batches without a control cell: {_names(alone)}; paired with controls of all batches"
+    if set(facts.get("cell_types", {})) - {"unknown"}:
+        yield f"cell types: {len(facts['cell_types'])}: {_counts(facts['cell_types'])}"
+    if "coverage" in facts:
+        yield from _coverage(facts["coverage"])
+    yield from _folds(facts)
+
+
+def _labels(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how labels are understood."""
+    origin = facts.get("labels_from")
+    if origin == UNKNOWN:
+        yield "labels: known once the screen is there"
+    elif origin == CALLED:
+        yield (
+            f"labels: called from guide counts by preprocess; targets of guides: {_counts(facts.get('targets', {}))}"
+        )
+    elif origin == EARLIER:
+        yield f"labels: as an earlier run found them, in {facts['earlier']}; its settings may have been others"
+    labels = facts.get("labels")
+    if labels is None:
+        return
+    yield f"labels: {labels['distinct']:,} in the file, understood as {labels['understood']:,}"
+    yield "  controls: " + (_mapped(labels["controls"]) or "none")
+    yield "  most cells: " + (_mapped(labels["top"]) or "none")
+    if labels["changed_top"]:
+        yield f"  rewritten: {labels['changed']:,}, such as {_mapped(labels['changed_top'])}"
+    if labels["no_label"]:
+        counts = {one["raw"]: one["cells"] for one in labels["no_label"]}
+        yield f"  no perturbation, cells left out: {sum(counts.values()):,}: {_counts(counts)}"
+    if labels["other_controls"]:
+        yield (
+            "  called like controls but not named in control_label, left out: "
+            f"{_counts(labels['other_controls'])}"
+        )
+    if labels["unparseable"]:
+        counts = {one["raw"]: one["cells"] for one in labels["unparseable"]}
+        yield f"  not understood: {len(counts)}: {_counts(counts)}"
+
+
+def _perturbations(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield numbers of perturbations, and which have too few cells."""
+    if "perturbations" not in facts:
+        return
+    yield f"control cells: {facts['control_cells']:,}"
+    yield (
+        f"perturbations: {facts['perturbations']:,} ({facts['singles']:,} single, {facts['combinations']:,} "
+        f"combinations) of {facts['perturbed_genes']:,} genes"
+    )
+    if few := facts.get("too_few_cells"):
+        yield f"  fewer than {facts['min_cells_per_perturbation']} cells, left out: {len(few)}: {_counts(few)}"
+    if facts.get("near_the_limit"):
+        yield (
+            f"  near that limit: {facts['near_the_limit']}, which filters of cells (depth, genes, "
+            "mitochondria, doublets) may take below it; these need the counts and are not applied here"
+        )
+
+
+def _coverage(coverage: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which sources know the perturbed genes."""
+    genes = coverage["genes"]
+    if "measured" in coverage and genes:
+        hint = f"; {coverage['measured_hint']}" if coverage["measured_hint"] else ""
+        yield f"perturbed genes that the screen measures: {coverage['measured']:,} of {genes:,}{hint}"
+    for source in coverage["sources"]:
+        hint = f"; {source['hint']}" if source["hint"] else ""
+        known = f"{source['covers']:,} of {genes:,} perturbed genes" if genes else "read"
+        yield f"prior source {source['name']} ({source['kind']}): {known}{hint}"
+    if coverage["pending"]:
+        yield f"prior sources that are not there yet: {', '.join(coverage['pending'])}"
+    if genes and coverage["uncovered"] and not coverage["pending"]:
+        first = coverage["uncovered_first"]
+        listed = _names(first) + (", …" if coverage["uncovered"] > len(first) else "")
+        yield f"genes that no source knows: {coverage['uncovered']:,}: {listed}"
+
+
+def _folds(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the sizes of all folds."""
+    for scheme, folds in facts.get("folds", {}).items():
+        sizes = "; ".join(f"fold {f['fold']}: {f['train']} / {f['val']} / {f['test']}" for f in folds)
+        yield f"scheme {scheme}, perturbations for training / validation / test: {sizes or 'none'}"
+    if "folds" in facts and not facts["folds"]:
+        yield "folds: known once labels are"
+
+
+def _estimate(estimate: Mapping[str, Any]) -> list[str]:
+    """Return time and memory, with what they rest on."""
+    lines = ["Estimate, from the figures of docs/performance.md (another machine, 5,000 genes, one thread)"]
+    for rule, cost in estimate["rules"].items():
+        memory = f", up to {cost['gib']:.1f} GiB each" if cost["gib"] is not None else ""
+        lines.append(f"  {rule}: {cost['jobs']} job(s), {_time(cost['seconds'])} of processor time{memory}")
+    if estimate["not_measured"]:
+        lines += _wrapped(f"  not measured, so not in it: {', '.join(estimate['not_measured'])}")
+    if estimate["missing"]:
+        lines += _wrapped(f"  cells not known of: {', '.join(estimate['missing'])}")
+    return lines
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"about {round(seconds / 60)} min"
+    return f"about {seconds / 3600:.1f} h"
+
+
+def _counts(counts: Mapping[str, int], most: int = LISTED) -> str:
+    """Write names with numbers, the first ``most`` of them."""
+    shown = ", ".join(f"{name or '(empty)'} {n:,}" for name, n in list(counts.items())[:most])
+    return shown + (f", and {len(counts) - most} more" if len(counts) > most else "")
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def _mapped(rows: list[dict[str, Any]]) -> str:
+    """Write raw labels with what they become, where that differs."""
+    return ", ".join(
+        f"{row['raw']} → {row['label']} {row['cells']:,}"
+        if row["raw"] != row["label"]
+        else f"{row['raw']} {row['cells']:,}"
+        for row in rows
+    )
