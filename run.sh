@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # ./run.sh demo                 install, run the embedded demo, say where the report is
+# ./run.sh check [options]      install, say what a run would do and all that is wrong with config and data
 # ./run.sh test [pytest args]   install with the test tools, check style, run the tests
 # ./run.sh <anything else>      install, then: snakemake <anything else>
 #
@@ -56,7 +57,7 @@ PY
 
 case "${1:-}" in
 "" | -h | --help | help)
-    sed -n '2,6s/^# \{0,1\}//p' "$0"
+    sed -n '2,7s/^# \{0,1\}//p' "$0"
     ;;
 demo)
     shift
@@ -65,6 +66,11 @@ demo)
     for report in results/demo/*/report.html; do
         [ -f "$report" ] && echo "Report: $PWD/$report"
     done
+    ;;
+check)
+    shift
+    install pipeline
+    PYTHONPATH="$PWD/workflow/lib" exec python -m biojepa.check "$@"
     ;;
 test)
     shift

@@ -461,23 +461,61 @@ def read_config(
             sections = {key: schema["properties"][key] for key in SECTIONS}
             partial = {**schema, "properties": sections, "required": []}
             problems += _problems(override, partial, f"config, overrides.{name}")
-    if problems:
-        return None, problems
+    invalid = bool(problems)
+    if invalid:
+        content = _without_invalid(content, schema)
+        if not _is_valid(content, schema):
+            return None, problems
     content = _with_defaults(_with_sizes(content), schema)
     known = read_catalogue(catalogue) if catalogue is not None else {}
     try:
-        sources, notes, problems = _read_sources(
+        sources, notes, of_rows = _read_sources(
             content, _read_schema(Path(schemas) / "datasets.schema.yaml"), known
         )
     except ConfigError as error:
-        return None, list(error.problems)
+        return None, [*problems, *error.problems]
+    problems += of_rows
     # What is wrong with one row says nothing of the others, which are looked at without it.
     usable = [name for name in content["run"] if name in sources]
     if not usable:
         return None, problems
     resolved = Config({**content, "run": usable}, sources, tuple(notes))
+    # Of a config without its invalid parts, only what other files say is told: the rest may follow from them.
+    others = (
+        (problem for dataset in resolved.datasets for problem in _unusable_files(resolved, dataset))
+        if invalid
+        else _contradictions(resolved)
+    )
     # What is wrong for every dataset is told once.
-    return resolved, list(dict.fromkeys([*problems, *_contradictions(resolved)]))
+    return resolved, list(dict.fromkeys([*problems, *others]))
+
+
+def _is_valid(content: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
+    return jsonschema.Draft202012Validator(schema).is_valid(content)
+
+
+def _without_invalid(content: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of a config what the schema refuses, and overrides where anything is refused."""
+    kept = {key: value for key, value in copy.deepcopy(dict(content)).items() if key != "overrides"}
+    # The deepest first, so that the paths of the others stay.
+    errors = sorted(
+        jsonschema.Draft202012Validator(schema).iter_errors(kept), key=lambda error: -len(error.absolute_path)
+    )
+    for error in errors:
+        path = [*error.absolute_path]
+        if error.validator == "additionalProperties":
+            allowed = error.schema.get("properties", {})
+            paths = [[*path, name] for name in error.instance if name not in allowed]
+        else:
+            # A list with a wrong item says nothing as a whole.
+            paths = [path[: next((n for n, part in enumerate(path) if isinstance(part, int)), len(path))]]
+        for place in paths:
+            holder: Any = kept
+            for part in place[:-1]:
+                holder = holder.get(part, {}) if isinstance(holder, dict) else {}
+            if place and isinstance(holder, dict):
+                holder.pop(place[-1], None)
+    return kept
 
 
 def _with_booleans(content: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -509,12 +547,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield from _unknown_models(config, dataset)
         yield from _unusable_schemes(config, dataset)
         yield from _impossible_sizes(config.settings(dataset, "train"))
-        yield from _unusable_source(config.source(dataset))
-        for column, path in () if config.archived else config.source(dataset).missing_files():
-            yield (
-                f"{config.source(dataset).where}, column {column}: no file {path}. "
-                "Fix: correct the path, or set data_dir (snakemake --config data_dir=FOLDER)"
-            )
+        yield from _unusable_files(config, dataset)
         if len(config.source(dataset).pathways) > 1:
             yield f"{config.content['datasets']}, row {dataset}, column pathways: expected one GMT file"
         yield from _same_screens(config, dataset)
@@ -545,6 +578,16 @@ def _contradictions(config: Config) -> Iterator[str]:
         read_requests(config.predict)
     except InputError as error:
         yield str(error)
+
+
+def _unusable_files(config: Config, dataset: str) -> Iterator[str]:
+    """Yield what is wrong with the files that the row of a dataset names."""
+    yield from _unusable_source(config.source(dataset))
+    for column, path in () if config.archived else config.source(dataset).missing_files():
+        yield (
+            f"{config.source(dataset).where}, column {column}: no file {path}. "
+            "Fix: correct the path, or set data_dir (snakemake --config data_dir=FOLDER)"
+        )
 
 
 def _unknown_models(config: Config, dataset: str) -> Iterator[str]:

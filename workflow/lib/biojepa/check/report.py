@@ -46,9 +46,7 @@ def check_config(content: Mapping[str, Any], arguments: Sequence[str] | None = N
     report["notes"] = list(config.notes)
     report["compared"] = models_of(config)
     if config.archived:
-        report["notes"].append(
-            "archived: reports are made again from the results that are kept, nothing else"
-        )
+        report["notes"].append("archived: only reports are made again, from the results that are kept")
     if missing := config.missing_predictions():
         problems.add(missing)
     catalogue = read_catalogue(CATALOGUE)

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 from anndata.io import read_elem
+from scipy import sparse
 
 from biojepa.check.problems import Problems
 from biojepa.config import Config
@@ -127,7 +128,9 @@ def _look_at_cells(
 ) -> None:
     """Say what labels, batches and columns of numbers mean; each on its own, so that all problems show."""
     facts, obs = screen.facts, pd.DataFrame(index=opened.obs.index)
-    nothing = CellSums(*np.zeros((3, opened.n_cells)), None)  # type: ignore[arg-type]
+    # Sums over genes would need the counts; columns of numbers are read in spite of that.
+    none = np.zeros(opened.n_cells)
+    nothing = CellSums(none, none, none, sparse.csr_matrix((opened.n_cells, 0)))
     with problems.caught(dataset, "batch_column"):
         obs[BATCH] = batches_of(opened.obs, source)
     with problems.caught(dataset, "cell_type_column"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ def look_at_sources(
 
     Returns
     -------
-    ``genes`` perturbed, ``measured`` of them, ``sources`` (name, kind, genes that it ``covers``, why it covers
-    few), genes that are ``uncovered``, and what is not known yet.
+    ``genes`` perturbed, ``measured`` of them, ``sources`` (name, kind, genes that it ``covers``, ``hint`` why
+    few), genes that are ``uncovered``, and what is ``pending``: not there yet.
     """
     row, genes = config.source(dataset), screens[dataset].perturbed_genes
     settings = config.settings(dataset, "pair")
@@ -63,8 +63,8 @@ def look_at_sources(
         facts.append(_facts(f"{RESPONSES}{other}", "responses", genes, screens[other].singles))
         if genes and not covered[other]:
             problems.add(
-                f"column responses: {other} perturbs none of the {len(genes)} perturbed genes alone; expected "
-                "some. Fix: take it out of the column, or correct the spelling of genes",
+                f"column responses: {other} perturbs none of the {len(genes)} perturbed genes alone; "
+                "expected some. Fix: take it out of the column, or correct the spelling of genes",
                 dataset,
             )
     measured = set(genes) & set(screens[dataset].measured)
@@ -90,9 +90,7 @@ def look_at_sources(
     return found
 
 
-def _facts(
-    name: str, kind: str, genes: list[str], known: set[str] | frozenset[str] | list[str]
-) -> dict[str, Any]:
+def _facts(name: str, kind: str, genes: list[str], known: Collection[str]) -> dict[str, Any]:
     return {
         "name": name,
         "kind": kind,

@@ -77,10 +77,11 @@ def _labels(facts: Mapping[str, Any]) -> Iterator[str]:
         yield "labels: known once the screen is there"
     elif origin == CALLED:
         yield (
-            f"labels: called from guide counts by preprocess; targets of guides: {_counts(facts.get('targets', {}))}"
+            "labels: called from guide counts by preprocess; guides of each target: "
+            f"{_counts(facts.get('targets', {}))}"
         )
     elif origin == EARLIER:
-        yield f"labels: as an earlier run found them, in {facts['earlier']}; its settings may have been others"
+        yield f"labels: of an earlier run, {facts['earlier']}; its settings may have been others"
     labels = facts.get("labels")
     if labels is None:
         return
@@ -112,7 +113,8 @@ def _perturbations(facts: Mapping[str, Any]) -> Iterator[str]:
         f"combinations) of {facts['perturbed_genes']:,} genes"
     )
     if few := facts.get("too_few_cells"):
-        yield f"  fewer than {facts['min_cells_per_perturbation']} cells, left out: {len(few)}: {_counts(few)}"
+        fewest = facts["min_cells_per_perturbation"]
+        yield f"  fewer than {fewest} cells, left out: {len(few)}: {_counts(few)}"
     if facts.get("near_the_limit"):
         yield (
             f"  near that limit: {facts['near_the_limit']}, which filters of cells (depth, genes, "
