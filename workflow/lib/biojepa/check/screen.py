@@ -55,7 +55,8 @@ class Screen:
     measured
         Symbols of the genes that the screen measures, none where its file is not there.
     targets
-        Genes that the guides target, where labels are not known yet.
+        Genes that the guides target, or that labels name as far as they are understood; used where ``obs``
+        is None.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -152,7 +153,9 @@ def _look_at_cells(
         facts["labels_from"] = LABELS if source.perturbation_column else GUIDES
         readable = True
         if source.perturbation_column and source.perturbation_column in opened.obs:
-            facts["labels"] = _mapping(opened.obs[source.perturbation_column], source)
+            facts["labels"], understood = _mapping(opened.obs[source.perturbation_column], source)
+            # Where others are not understood, or no control is found, these still have to be known to sources.
+            screen.targets = sorted({gene for label in understood for gene in genes_of(label)})
             for bad in facts["labels"]["unparseable"]:
                 problems.add(f"{bad['why']} ({bad['cells']} cells)", dataset)
                 readable = False
@@ -179,8 +182,8 @@ def _is_control(obs: pd.DataFrame) -> pd.Series:
     return obs[PERTURBATION] == CONTROL
 
 
-def _mapping(raw: pd.Series, source: ScreenSource) -> dict[str, Any]:
-    """Say how each label of a file is understood, as the run does it."""
+def _mapping(raw: pd.Series, source: ScreenSource) -> tuple[dict[str, Any], set[str]]:
+    """Say how each label of a file is understood, as the run does it; also what the labels become."""
     controls = control_names(source.control_label)
     counts = pd.Series(raw.tolist(), dtype=object).value_counts(dropna=False)
     rows, bad = [], []
@@ -191,7 +194,8 @@ def _mapping(raw: pd.Series, source: ScreenSource) -> dict[str, Any]:
         except InputError as error:
             bad.append({"raw": str(label), "cells": int(cells), "why": str(error)})
     facts = _listed_rows(rows)
-    return facts | {"unparseable": bad, "other_controls": other_controls(raw.tolist(), controls)}
+    facts |= {"unparseable": bad, "other_controls": other_controls(raw.tolist(), controls)}
+    return facts, {mapped for _, mapped, _ in rows if mapped is not None}
 
 
 def _listing_of(raw: list[object], labels: list[object]) -> dict[str, Any]:

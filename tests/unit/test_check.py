@@ -1,0 +1,289 @@
+"""What is said before a run, against what the functions of the run then make of the same files."""
+
+import json
+import math
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import sparse
+
+from biojepa.check import as_text, check_config
+from biojepa.check.__main__ import main
+from biojepa.check.plan import MEASURED, STEP_MS, measured_cost
+from biojepa.config import load_config
+from biojepa.gene_naming import naming_mismatch
+from biojepa.pairing import PairSettings, build_pairs, freeze_split
+from biojepa.preprocess import PreprocessSettings, preprocess_file
+from biojepa.raw import ScreenSource
+from workflow_case import REPO
+
+SCHEMES = ["perturbation", "gene", "combination", "context"]
+# Raw label to cells. "_" joins combinations, g1 and g2 are guides.
+CELLS = {
+    "ctrl": 60,
+    **{f"{gene}g1": 12 for gene in ("TP53", "MYC", "KLF1", "GATA1", "CEBPA", "JAK2", "SGK1")},
+    "STAT1g1": 8,
+    "STAT1g2": 7,
+    **{f"{pair}": 12 for pair in ("MYC_KLF1", "TP53_MYC", "GATA1_CEBPA", "JAK2_KLF1", "SGK1_TP53")},
+    "CD86_ctrl": 11,
+    "RAREg1": 3,
+    "unassigned": 5,
+}
+GENES = ["TP53", "MYC", "KLF1", "GATA1", "CEBPA", "JAK2", "SGK1", "STAT1", *(f"GENE{n}" for n in range(30))]
+KNOWN = ("TP53", "MYC", "KLF1", "GATA1", "CEBPA")
+
+
+def labels():
+    return np.repeat(list(CELLS), list(CELLS.values())).astype(object)
+
+
+def write_screen(path, label, **columns):
+    """Write a screen of Poisson counts with a label of each cell."""
+    rng = np.random.default_rng(0)
+    counts = sparse.csr_matrix(rng.poisson(3, (len(label), len(GENES))).astype(np.float32))
+    names = [f"cell{n}" for n in range(len(label))]
+    obs = pd.DataFrame({"guide": label, **columns}, index=names)
+    ad.AnnData(X=counts, obs=obs, var=pd.DataFrame(index=GENES)).write_h5ad(path)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Make a folder with a screen, its network, a table and a config."""
+    monkeypatch.chdir(tmp_path)
+    label = labels()
+    n = len(label)
+    lines = np.array(["K562", "RPE1"])[np.arange(n) % 2]
+    write_screen("screen.h5ad", label, lane=np.array(["a", "b", "c"])[np.arange(n) % 3], line=lines)
+    edges = [(one, other) for one in KNOWN for other in (*KNOWN, "OTHER") if one != other]
+    pd.DataFrame(edges, columns=["gene_a", "gene_b"]).to_csv("net.tsv", sep="\t", index=False)
+    write_table(networks="net.tsv")
+    return tmp_path
+
+
+def write_table(**changed):
+    row = {
+        "dataset": "mine",
+        "source": "screen.h5ad",
+        "perturbation_column": "guide",
+        "separator": "_",
+        "batch_column": "lane",
+        "cell_type_column": "line",
+        "label_pattern": "g[0-9]+$",
+    }
+    pd.DataFrame([row | changed]).to_csv("table.tsv", sep="\t", index=False)
+
+
+def config(**changed):
+    return {
+        "datasets": "table.tsv",
+        "run": ["mine"],
+        "schemes": SCHEMES,
+        "preprocess": {
+            "min_cells_per_perturbation": 10,
+            "min_cells_per_gene": 0,
+            "permutations": 5,
+            "mad_threshold": None,
+        },
+        "pair": {"n_folds": 3, "contexts": ["K562", "RPE1"], "min_cells_in_context": 5, "prior_dim": 4},
+    } | changed
+
+
+def test_what_is_said_is_what_the_run_then_makes(folder):
+    report = check_config(config())
+    assert report["problems"] == []
+    said = report["datasets"]["mine"]
+
+    resolved = load_config(config(), REPO / "workflow" / "schemas")
+    source = ScreenSource.from_mapping(resolved.source("mine").screen)
+    settings = PreprocessSettings.from_mapping(resolved.settings("mine", "preprocess"))
+    preprocess_file(source, settings, "cells.h5ad", "qc.tsv", "perturbations.tsv")
+    obs = ad.read_h5ad("cells.h5ad").obs
+    assert said["control_cells"] == (obs.perturbation == "control").sum() == 60
+    assert said["labelled_cells"] == len(obs) + 3, "but for the perturbation with too few cells"
+    assert said["perturbations"] == obs.perturbation.nunique() - 1
+    assert said["batches"] == labels_counted(["a", "b", "c"])
+    assert said["cell_types"] == labels_counted(["K562", "RPE1"])
+    removed = pd.read_csv("qc.tsv", sep="\t").set_index("filter")["cells_removed"]
+    assert sum(one["cells"] for one in said["labels"]["no_label"]) == removed["unlabelled"] == 5
+    assert sum(said["too_few_cells"].values()) == removed["min_cells_per_perturbation"] == 3
+
+    pair = PairSettings(**resolved.settings("mine", "pair"))
+    for scheme in SCHEMES:
+        folds = said["folds"][scheme]
+        assert [fold["fold"] for fold in folds] == list(range(2 if scheme == "context" else 3))
+        for fold in folds:
+            freeze_split("cells.h5ad", "split.tsv", "mine", scheme, fold["fold"], pair)
+            frozen = json.loads((folder / "split.json").read_text())
+            assert {name: frozen[f"n_{name}"] for name in ("train", "val", "test")} == {
+                name: fold[name] for name in ("train", "val", "test")
+            }
+    freeze_split("cells.h5ad", "split.tsv", "mine", "perturbation", 0, pair)
+    facts = {"dataset": "mine", "scheme": "perturbation", "fold": 0, "seed": 0, "split_sha256": ""}
+    coverage = build_pairs("cells.h5ad", "split.tsv", "pairs.h5", ["net.tsv"], [], pair, facts)
+    assert said["coverage"]["genes"] == len(coverage)
+    (net,) = said["coverage"]["sources"]
+    assert net == {"name": "net", "kind": "network", "covers": coverage.net.sum(), "hint": ""}
+    assert said["coverage"]["uncovered_first"] == coverage.gene[coverage.n_sources == 0].tolist()
+
+
+def labels_counted(names):
+    n = sum(CELLS.values())
+    return {name: len(range(first, n, len(names))) for first, name in enumerate(names)}
+
+
+def test_labels_are_shown_as_they_are_understood(folder):
+    said = check_config(config())["datasets"]["mine"]
+    assert said["labels"]["controls"] == [{"raw": "ctrl", "label": "control", "cells": 60}]
+    assert said["labels"]["no_label"] == [{"raw": "unassigned", "cells": 5}]
+    # 7 genes with one guide, one with two, CD86, 5 combinations; RARE has too few cells.
+    assert (said["singles"], said["combinations"], said["perturbed_genes"]) == (9, 5, 9)
+    assert said["too_few_cells"] == {"RARE": 3}
+    assert said["labels"]["understood"] == 1 + 9 + 5 + 1
+    rewritten = {one["raw"]: one["label"] for one in said["labels"]["changed_top"]}
+    assert rewritten["MYC_KLF1"] == "KLF1+MYC"
+    assert said["coverage"]["sources"][0]["covers"] == len(KNOWN)
+    assert said["coverage"]["measured"] == 8
+    text = as_text(check_config(config()))
+    for part in (
+        "controls: ctrl → control 60",
+        "no perturbation, cells left out: 5: unassigned 5",
+        "fewer than 10 cells, left out: 1: RARE 3",
+        "perturbations: 14 (9 single, 5 combinations) of 9 genes",
+        "prior source net (network): 5 of 9 perturbed genes",
+        "genes that no source knows: 4: CD86, JAK2, SGK1, STAT1",
+        "No problem found.",
+    ):
+        assert part in text
+
+
+def test_no_value_of_the_matrix_is_read(folder):
+    before = check_config(config())["datasets"]["mine"]
+    with h5py.File("screen.h5ad", "r+") as file:
+        entries = len(file["X/data"])
+        del file["X/data"]
+        # Values in a file that is not there: its type and length are known, and reading it fails.
+        file["X"].create_dataset("data", (entries,), np.float32, external=[("gone.bin", 0, 4 * entries)])
+    with h5py.File("screen.h5ad") as file, pytest.raises(OSError):
+        file["X/data"][:1]
+    report = check_config(config())
+    after = report["datasets"]["mine"]
+    assert report["problems"] == []
+    files = [after.pop("files"), before.pop("files")]
+    assert after == before
+    assert [one["state"] for (one,) in files] == ["there", "there"]
+
+
+def test_counts_that_may_lie_elsewhere_are_noted(folder):
+    screen = ad.read_h5ad("screen.h5ad")
+    screen.layers["counts"] = screen.X.copy()
+    screen.write_h5ad("screen.h5ad")
+    note = "raw counts are looked for in X first, then in counts, when values are read"
+    assert check_config(config())["datasets"]["mine"]["notes"] == [note]
+
+
+def test_all_problems_are_told_at_once(folder, capsys):
+    label = labels()
+    label[label == "GATA1g1"] = "GATA1+odd"
+    write_screen("screen.h5ad", label, lane="a")
+    pd.DataFrame({"gene_a": ["Trp53", "Myc"], "gene_b": ["Klf1", "Gata1"]}).to_csv(
+        "mouse.tsv", sep="\t", index=False
+    )
+    write_table(batch_column="lanes", library_size_column="depth", networks="mouse.tsv;gone.tsv")
+    (folder / "my.yaml").write_text(yaml.safe_dump(config(trian={"device": "cpu"})))
+    assert main(["--configfile", "my.yaml", "--no-jobs", "--json"]) == 1
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    expected = (
+        "unknown key trian. Did you mean train?",
+        "column networks: no file gone.tsv",
+        "no column 'lanes'",
+        "mouse.tsv: found genes such as Gata1",
+        "no column 'line'",
+        "no column 'depth'",
+        "'+' inside the gene name 'GATA1+odd' (separator is '_')",
+    )
+    for part in expected:
+        assert sum(part in problem for problem in problems) == 1, (part, problems)
+    assert len(problems) == len(expected)
+
+
+def test_mouse_symbols_with_a_human_screen_are_named(folder):
+    pd.DataFrame({"gene_a": ["Trp53", "Myc"], "gene_b": ["Klf1", "Gata1"]}).to_csv(
+        "net.tsv", sep="\t", index=False
+    )
+    (problem,) = check_config(config())["problems"]
+    assert problem.startswith("mine: net.tsv: found genes such as Gata1, Klf1, Myc, none of the 9 perturbed")
+    assert "(human symbols (GATA1) against mouse symbols (Gata1))" in problem
+
+
+def test_exit_status_and_text(folder, capsys):
+    (folder / "my.yaml").write_text(yaml.safe_dump(config()))
+    assert main(["--configfile", "my.yaml", "--no-jobs"]) == 0
+    assert capsys.readouterr().out.endswith("No problem found.\n")
+    # Values of the command line win, as in a run.
+    assert main(["--configfile", "my.yaml", "--no-jobs", "--config", "run=[other]"]) == 1
+    assert "other is in 0 rows of table.tsv" in capsys.readouterr().out.replace("\n  ", " ")
+    assert main(["--configfile", "absent.yaml", "--no-jobs"]) == 1
+    assert "1 problem(s)" in capsys.readouterr().out
+
+
+def test_a_fold_that_cannot_be_dealt_is_a_problem_of_its_own(folder):
+    report = check_config(config(pair={"n_folds": 3, "contexts": ["K562", "HeLa"]}))
+    assert [problem for problem in report["problems"] if "HeLa" in problem]
+    assert len(report["datasets"]["mine"]["folds"]["perturbation"]) == 3
+
+
+def test_public_screen_that_is_still_to_be_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = check_config({"run": ["norman2019"]})
+    said = report["datasets"]["norman2019"]
+    assert report["problems"] == []
+    assert said["files"][0]["state"] == "to fetch"
+    assert said["files"][0]["bytes"] == 700_000_000
+    assert said["cells_in_catalogue"] == 111_445
+    assert "folds: known once labels are" in as_text(report)
+
+
+@pytest.mark.parametrize(
+    ("genes", "known", "said"),
+    [
+        (["TP53", "MYC"], ["Trp53", "Myc", "Klf1"], "human symbols (MYC) against mouse symbols (Myc)"),
+        (["Trp53", "Myc"], ["TP53", "MYC"], "mouse symbols (Myc) against human symbols (MYC)"),
+        (["TP53"], ["ENSG00000141510"], "human symbols (TP53) against Ensembl ids (ENSG00000141510)"),
+        (["TP53", "MYC"], ["TP53"], ""),
+        (["TP53", "MYC", "C1orf43"], ["GATA1"], ""),
+        ([], ["GATA1"], ""),
+    ],
+)
+def test_why_gene_names_do_not_meet(genes, known, said):
+    assert naming_mismatch(genes, known) == said
+
+
+def test_estimates_are_what_was_measured():
+    results = REPO / "benchmarks" / "results"
+    rows = json.loads((results / "scaling.json").read_text())["table"]
+    figures = {
+        (row["stage"], row["cells"], row["perturbations"]): (row["processor_seconds"], row["peak_gib"])
+        for row in rows
+    }
+    assert len(figures) == sum(map(len, MEASURED.values()))
+    for stage, points in MEASURED.items():
+        for cells, perturbations, *expected in points:
+            assert figures[stage, cells, perturbations] == pytest.approx(expected, abs=0.06)
+            assert measured_cost(stage, cells, perturbations) == pytest.approx(expected)
+    steps = json.loads((results / "training_step_cpu.json").read_text())["table"]
+    for part, milliseconds in STEP_MS.items():
+        ours = [row["ms_per_step"] for row in steps if row["contender"] == "BioJEPA" and row["stage"] == part]
+        assert milliseconds == math.floor(max(ours))
+
+
+def test_estimates_between_and_beyond_the_measured_sizes():
+    # Half way between two screens on a logarithm is their geometric mean.
+    half = measured_cost("preprocess", round(math.sqrt(1e5 * 1e6)), 1_000)[0]
+    assert half == pytest.approx(math.sqrt(30.7 * 122.4), rel=1e-4)
+    assert measured_cost("preprocess", 500, 1_000)[0] == pytest.approx(14.7)
+    # Beyond the largest, ten times the cells take ten times as long at least.
+    assert measured_cost("pair", 10_000_000, 1_000)[0] == pytest.approx(727, rel=1e-3)
