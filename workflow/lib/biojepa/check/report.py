@@ -49,6 +49,7 @@ def check_config(content: Mapping[str, Any], arguments: Sequence[str] | None = N
         report["notes"].append("archived: only reports are made again, from the results that are kept")
     if missing := config.missing_predictions():
         problems.add(missing)
+        wrong.append(missing)
     catalogue = read_catalogue(CATALOGUE)
     screens: dict[str, Screen] = {
         dataset: look_at_screen(config, dataset, problems) for dataset in config.all_datasets
@@ -66,6 +67,7 @@ def check_config(content: Mapping[str, Any], arguments: Sequence[str] | None = N
             facts["folds"] = look_at_folds(config, dataset, screen, problems)
     if lack := space_problem(wanted, Path()):
         problems.add(lack)
+    # Where the config is at fault, Snakemake would only say the same once more.
     if arguments is not None and not wrong:
         report["jobs"], said = count_jobs(arguments, SNAKEFILE)
         if said:

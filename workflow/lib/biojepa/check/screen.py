@@ -154,7 +154,7 @@ def _look_at_cells(
         readable = True
         if source.perturbation_column and source.perturbation_column in opened.obs:
             facts["labels"], understood = _mapping(opened.obs[source.perturbation_column], source)
-            # Where others are not understood, or no control is found, these still have to be known to sources.
+            # Sources are asked for these, also where other labels are not understood.
             screen.targets = sorted({gene for label in understood for gene in genes_of(label)})
             for bad in facts["labels"]["unparseable"]:
                 problems.add(f"{bad['why']} ({bad['cells']} cells)", dataset)
