@@ -92,13 +92,12 @@ def files_of(config: Config, dataset: str, catalogue: Mapping[str, Entry]) -> li
     files = []
     for file in row.files:
         here = Path(f"{row.folder}/{file.name}" if file.is_remote else file.address)
-        size = here.stat().st_size if here.is_file() else None
+        held = [here] if here.is_file() else here.iterdir() if here.is_dir() else []
+        size = sum(one.stat().st_size for one in held if one.is_file()) if here.exists() else None
         if size is None and file.is_remote and gigabytes and len(row.files) == 1:
             size = round(float(gigabytes) * 1e9)
         state = "there" if here.exists() else "to fetch" if file.is_remote else "missing"
-        files.append(
-            {"address": file.address, "state": state, "bytes": size, "checksum": bool(file.checksum)}
-        )
+        files.append({"address": file.address, "state": state, "bytes": size, "checksum": file.checksum})
     return files
 
 
@@ -166,7 +165,7 @@ def estimate(
     """
     sizes, missing = {}, []
     for name, screen in screens.items():
-        cells = screen.facts.get("labelled_cells", screen.facts.get("cells"))
+        cells = screen.facts.get("cells", screen.facts.get("labelled_cells"))
         if cells is None:
             cells = screen.facts.get("simulated", {}).get("n_cells")
         if cells is None:

@@ -6,12 +6,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import jsonschema
-
 from biojepa.errors import InputError, StoppedRun
 
 # What damaged files make readers raise, beside the errors that are meant for users.
-READING_ERRORS = (OSError, ValueError, KeyError, EOFError, zlib.error, jsonschema.ValidationError)
+READING_ERRORS = (OSError, ValueError, KeyError, EOFError, zlib.error)
 
 
 class Problems:

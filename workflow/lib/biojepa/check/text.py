@@ -45,7 +45,7 @@ def _parts(facts: Mapping[str, Any]) -> Iterator[str]:
     for file in facts["files"]:
         size = size_text(file["bytes"]) if file["bytes"] is not None else "size not known"
         about = size if file["state"] == "there" else f"about {size}" if file["bytes"] else size
-        sure = "" if file["checksum"] else ", no checksum"
+        sure = ", no checksum known" if file["state"] == "to fetch" and not file["checksum"] else ""
         yield f"file: {file['address']} ({file['state']}, {about}{sure})"
     if "simulated" in facts:
         asked = ", ".join(f"{name.removeprefix('n_')} {n:,}" for name, n in facts["simulated"].items())
