@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 from scipy import sparse
+from scipy.io import mmwrite
 
 from biojepa.check import as_text, check_config
 from biojepa.check.__main__ import main
@@ -18,7 +19,7 @@ from biojepa.config import load_config
 from biojepa.gene_naming import naming_mismatch
 from biojepa.pairing import PairSettings, build_pairs, freeze_split
 from biojepa.preprocess import PreprocessSettings, preprocess_file
-from biojepa.raw import ScreenSource
+from biojepa.raw import ScreenSource, open_screen
 from workflow_case import REPO
 
 SCHEMES = ["perturbation", "gene", "combination", "context"]
@@ -175,6 +176,47 @@ def test_no_value_of_the_matrix_is_read(folder):
     files = [after.pop("files"), before.pop("files")]
     assert after == before
     assert [one["state"] for (one,) in files] == ["there", "there"]
+
+
+def write_10x(path, screen):
+    """Write a 10x folder as Cell Ranger 3 does, not compressed."""
+    path.mkdir()
+    mmwrite(path / "matrix.mtx", sparse.coo_matrix(screen.X.T).astype(int))
+    features = pd.DataFrame({"id": screen.var_names, "name": screen.var_names, "type": "Gene Expression"})
+    features.to_csv(path / "features.tsv", sep="\t", header=False, index=False)
+    pd.Series(screen.obs_names).to_csv(path / "barcodes.tsv", header=False, index=False)
+
+
+@pytest.mark.parametrize("shape", ["csr", "csc", "dense", "raw", "10x"])
+def test_tables_are_those_of_the_whole_screen(folder, shape):
+    screen = ad.read_h5ad("screen.h5ad")
+    path = "shaped" if shape == "10x" else "shaped.h5ad"
+    if shape == "10x":
+        write_10x(folder / path, screen)
+    else:
+        change = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": lambda x: x.toarray()}
+        screen.X = change.get(shape, lambda x: x)(screen.X)
+        if shape == "raw":
+            screen.raw = screen.copy()
+            del screen.X
+        screen.write_h5ad(path)
+    source = ScreenSource("mine", path)
+    with open_screen(source, tables_only=True) as tables, open_screen(source) as whole:
+        pd.testing.assert_frame_equal(tables.obs, whole.obs)
+        pd.testing.assert_frame_equal(tables.var, whole.var)
+        assert tables.counts.shape == whole.counts.shape == (len(labels()), len(GENES))
+        assert tables.notes == whole.notes
+        with pytest.raises(ValueError, match="counts of this screen were not opened"):
+            next(tables.blocks())
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_a_truncated_file_is_one_problem(folder, share):
+    path = folder / "screen.h5ad"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    (problem,) = check_config(config())["problems"]
+    assert "screen.h5ad" in problem
+    assert "HDF5 cannot open" in problem
 
 
 def test_counts_that_may_lie_elsewhere_are_noted(folder):
