@@ -187,7 +187,8 @@ def write_10x(path, screen):
     pd.Series(screen.obs_names).to_csv(path / "barcodes.tsv", header=False, index=False)
 
 
-@pytest.mark.parametrize("shape", ["csr", "csc", "dense", "raw", "10x"])
+@pytest.mark.parametrize("shape", ["csr", "csc", "dense", "raw", "old", "10x"])
+@pytest.mark.filterwarnings("ignore:Element")
 def test_tables_are_those_of_the_whole_screen(folder, shape):
     screen = ad.read_h5ad("screen.h5ad")
     path = "shaped" if shape == "10x" else "shaped.h5ad"
@@ -200,6 +201,11 @@ def test_tables_are_those_of_the_whole_screen(folder, shape):
             screen.raw = screen.copy()
             del screen.X
         screen.write_h5ad(path)
+    if shape == "old":  # as anndata wrote sparse matrices before version 0.7
+        with h5py.File(path, "a") as file:
+            attributes = file["X"].attrs
+            del attributes["encoding-type"], attributes["encoding-version"]
+            attributes["h5sparse_format"], attributes["h5sparse_shape"] = "csr", screen.shape
     source = ScreenSource("mine", path)
     with open_screen(source, tables_only=True) as tables, open_screen(source) as whole:
         pd.testing.assert_frame_equal(tables.obs, whole.obs)
@@ -276,6 +282,14 @@ def test_a_fold_that_cannot_be_dealt_is_a_problem_of_its_own(folder):
     report = check_config(config(pair={"n_folds": 3, "contexts": ["K562", "HeLa"]}))
     assert [problem for problem in report["problems"] if "HeLa" in problem]
     assert len(report["datasets"]["mine"]["folds"]["perturbation"]) == 3
+
+
+def test_genes_that_cannot_be_predicted_are_named(folder):
+    asked = config(predict=["OTHER", "TP53+JAK2", "NOBODY+MYC", "NOWHERE"])
+    said = check_config(asked)["datasets"]["mine"]["coverage"]
+    assert said["asked"] == 4
+    assert said["asked_unknown"] == ["NOBODY", "NOWHERE"]
+    assert "predict: 4 asked for; genes that no source knows: NOBODY, NOWHERE" in as_text(check_config(asked))
 
 
 def test_public_screen_that_is_still_to_be_fetched(tmp_path, monkeypatch):

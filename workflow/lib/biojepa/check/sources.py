@@ -9,8 +9,11 @@ from typing import Any
 from biojepa.check.problems import Problems
 from biojepa.check.screen import LISTED, Screen
 from biojepa.config import Config
+from biojepa.errors import InputError
 from biojepa.gene_naming import naming_mismatch
 from biojepa.gene_sets import read_gene_sets
+from biojepa.labels import genes_of
+from biojepa.prediction_requests import read_requests
 from biojepa.prior_names import COEXPRESSION, RESPONSES, TRAINING_CELLS
 from biojepa.priors import read_sources, require_coverage
 
@@ -32,6 +35,7 @@ def look_at_sources(
 
     Returns
     -------
+    Where perturbations are to be predicted, ``asked`` and those of their genes that are ``asked_unknown``;
     ``genes`` perturbed, ``measured`` of them, ``sources`` (name, kind, genes that it ``covers``, ``hint`` why
     few), genes that are ``uncovered``, and what is ``pending``: not there yet.
     """
@@ -84,10 +88,27 @@ def look_at_sources(
         "uncovered_first": uncovered[:LISTED],
         "pending": pending,
     }
+    asked = _requests(config)
+    if asked is not None:
+        wanted = {gene for label in asked for gene in genes_of(label)}
+        others = [screens[other].singles for other in row.responses if other in screens]
+        everyone = known.union(genes, *(source.known for source in sources), *others)
+        found["asked"], found["asked_unknown"] = len(asked), sorted(wanted - everyone)
     if screens[dataset].measured:
         found["measured"] = len(measured)
         found["measured_hint"] = naming_mismatch(genes, screens[dataset].measured)
     return found
+
+
+def _requests(config: Config) -> list[str] | None:
+    """Return the perturbations that the config lists to predict; None for none or ``all``."""
+    if config.predict is None:
+        return None
+    try:
+        asked = read_requests(config.predict)
+    except InputError:  # which is a problem of the config already
+        return None
+    return None if isinstance(asked, str) else asked
 
 
 def _facts(name: str, kind: str, genes: list[str], known: Collection[str]) -> dict[str, Any]:

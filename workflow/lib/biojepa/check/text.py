@@ -132,6 +132,9 @@ def _coverage(coverage: Mapping[str, Any]) -> Iterator[str]:
         hint = f"; {source['hint']}" if source["hint"] else ""
         known = f"{source['covers']:,} of {genes:,} perturbed genes" if genes else "read"
         yield f"prior source {source['name']} ({source['kind']}): {known}{hint}"
+    if "asked" in coverage and not coverage["pending"]:
+        unknown = _names(coverage["asked_unknown"]) or "none"
+        yield f"predict: {coverage['asked']:,} asked for; genes that no source knows: {unknown}"
     if coverage["pending"]:
         yield f"prior sources that are not there yet: {', '.join(coverage['pending'])}"
     if genes and coverage["uncovered"] and not coverage["pending"]:
