@@ -343,3 +343,16 @@ def test_estimates_between_and_beyond_the_measured_sizes():
     assert measured_cost("preprocess", 500, 1_000)[0] == pytest.approx(14.7)
     # Beyond the largest, ten times the cells take ten times as long at least.
     assert measured_cost("pair", 10_000_000, 1_000)[0] == pytest.approx(727, rel=1e-3)
+
+
+def test_wrong_rows_do_not_hide_each_other_nor_the_right_one(folder):
+    write_table(networks="net.tsv")
+    table = pd.read_csv("table.tsv", sep="\t", dtype=str)
+    wrong = table.assign(dataset="wrong", format="loom", perturbation_type="drug")
+    pd.concat([table, wrong]).to_csv("table.tsv", sep="\t", index=False)
+    report = check_config(config(run=["mine", "wrong", "absent"]))
+    assert len(report["problems"]) == 3
+    for part in ("row wrong, key format", "row wrong, key perturbation_type", "absent is in 0 rows"):
+        assert sum(part in problem for problem in report["problems"]) == 1
+    assert list(report["datasets"]) == ["mine"]
+    assert report["datasets"]["mine"]["perturbations"] == 14
