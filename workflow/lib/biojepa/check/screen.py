@@ -15,11 +15,12 @@ from scipy import sparse
 
 from biojepa.check.problems import Problems
 from biojepa.config import Config
-from biojepa.contracts import BATCH, CELL_TYPE, CONTROL, PERTURBATION, SET, TEST, TRAIN, VAL
+from biojepa.contracts import BATCH, CELL_TYPE, CONTROL, GUIDE_ID, PERTURBATION, SET, TEST, TRAIN, VAL
 from biojepa.errors import InputError
 from biojepa.labels import control_names, genes_of, is_combination, normalize_label
 from biojepa.pairing import PairSettings, hold_out
 from biojepa.preprocess.annotate import (
+    STATUS,
     CellSums,
     batches_of,
     cell_types_of,
@@ -38,7 +39,8 @@ from biojepa.raw.tables import require_column
 
 # Labels, batches and the like that a report lists.
 LISTED = 10
-LABELS, GUIDES, CALLED, EARLIER, UNKNOWN = "labels", "guide column", "guide counts", "earlier run", "unknown"
+LABELS, GUIDES, CALLS, COUNTS = "labels", "guide column", "guide calls", "guide counts"
+EARLIER, UNKNOWN = "earlier run", "unknown"
 
 
 @dataclass
@@ -112,9 +114,10 @@ def look_at_screen(config: Config, dataset: str, problems: Problems) -> Screen:
                 "genes": len(opened.var),
                 "guides": 0 if opened.guide_names is None else len(opened.guide_names),
                 "notes": list(opened.notes),
+                "left_out": {why: n for n, why in opened.left_out.values()},
             }
             _look_at_cells(opened, source, settings, dataset, screen, problems)
-    if screen.obs is None and screen.facts.get("labels_from") in (None, CALLED):
+    if screen.obs is None and screen.facts.get("labels_from") in (None, COUNTS):
         _from_earlier_run(dataset, screen, problems)
     return screen
 
@@ -133,7 +136,8 @@ def _look_at_cells(
     none = np.zeros(opened.n_cells)
     nothing = CellSums(none, none, none, sparse.csr_matrix((opened.n_cells, 0)))
     with problems.caught(dataset, "batch_column"):
-        obs[BATCH] = batches_of(opened.obs, source)
+        obs[BATCH] = batches_of(opened, source)
+        facts["batches_by"] = source.batch_column or opened.sample_column
     with problems.caught(dataset, "cell_type_column"):
         obs[CELL_TYPE] = cell_types_of(opened.obs, source)
     with problems.caught(dataset, "library_size_column"):
@@ -144,11 +148,17 @@ def _look_at_cells(
 
     labels = None
     if needs_guide_counts(opened, source):
-        facts["labels_from"] = CALLED
+        facts["labels_from"] = COUNTS
         with problems.caught(dataset, "guides"):
-            targets = guide_targets([str(name) for name in opened.guide_names], source)  # type: ignore[union-attr]
-            facts["targets"] = _counted(pd.Series(list(targets.values())))
-            screen.targets = sorted({gene for label in targets.values() for gene in genes_of(label)})
+            _look_at_guides(opened.guide_names, source, screen)
+    elif not source.perturbation_column and opened.called_guides is not None:
+        facts["labels_from"], facts["calls"] = CALLS, source.guide_calls
+        with problems.caught(dataset, "guide_calls"):
+            _look_at_guides(opened.called_names, source, screen)
+            called = label_cells(opened, source, settings.guide_assignment).obs
+            labels = called[PERTURBATION]
+            raw = called[GUIDE_ID].where(labels.notna(), called[STATUS])
+            facts["labels"] = _listing_of(raw.tolist(), labels.tolist())
     else:
         facts["labels_from"] = LABELS if source.perturbation_column else GUIDES
         readable = True
@@ -176,6 +186,13 @@ def _look_at_cells(
     if BATCH in obs:
         alone = sorted(set(obs.loc[obs[PERTURBATION].notna(), BATCH]) - set(obs.loc[_is_control(obs), BATCH]))
         facts["batches_without_control"] = alone
+
+
+def _look_at_guides(names: np.ndarray | None, source: ScreenSource, screen: Screen) -> None:
+    """Say what guides target, as the run reads it."""
+    targets = guide_targets([] if names is None else [str(name) for name in names], source)
+    screen.facts["targets"] = _counted(pd.Series(list(targets.values())))
+    screen.targets = sorted({gene for label in targets.values() for gene in genes_of(label)})
 
 
 def _is_control(obs: pd.DataFrame) -> pd.Series:

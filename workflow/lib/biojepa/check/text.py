@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from biojepa.check.screen import CALLED, EARLIER, LISTED, UNKNOWN
+from biojepa.check.screen import CALLS, COUNTS, EARLIER, LISTED, UNKNOWN
 from biojepa.download.disk import size_text
 
 WIDTH = 100
@@ -56,11 +56,13 @@ def _parts(facts: Mapping[str, Any]) -> Iterator[str]:
     if "cells" in facts:
         guides = f", {facts['guides']:,} guides" if facts.get("guides") else ""
         yield f"cells: {facts['cells']:,}, genes: {facts['genes']:,}{guides}"
+    yield from (f"left out: {n:,} {why}" for why, n in facts.get("left_out", {}).items())
     yield from (f"note: {note}" for note in facts.get("notes", ()))
     yield from _labels(facts)
     yield from _perturbations(facts)
     if "batches" in facts:
-        yield f"batches: {len(facts['batches'])}: {_counts(facts['batches'])}"
+        by = f" by {facts['batches_by']}" if facts.get("batches_by") else ""
+        yield f"batches{by}: {len(facts['batches'])}: {_counts(facts['batches'])}"
     if alone := facts.get("batches_without_control"):
         yield f"batches without a control cell: {_names(alone)}; paired with controls of all batches"
     if set(facts.get("cell_types", {})) - {"unknown"}:
@@ -75,11 +77,13 @@ def _labels(facts: Mapping[str, Any]) -> Iterator[str]:
     origin = facts.get("labels_from")
     if origin == UNKNOWN:
         yield "labels: known once the screen is there"
-    elif origin == CALLED:
+    elif origin == COUNTS:
         yield (
             "labels: called from guide counts by preprocess; guides of each target: "
             f"{_counts(facts.get('targets', {}))}"
         )
+    elif origin == CALLS:
+        yield f"labels: from {facts['calls']}; guides of each target: {_counts(facts.get('targets', {}))}"
     elif origin == EARLIER:
         yield f"labels: of an earlier run, {facts['earlier']}; its settings may have been others"
     labels = facts.get("labels")
