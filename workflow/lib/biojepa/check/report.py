@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from biojepa.check.plan import count_jobs, estimate, files_of, models_of, space_
 from biojepa.check.problems import Problems
 from biojepa.check.screen import Screen, look_at_folds, look_at_screen
 from biojepa.check.sources import look_at_sources
-from biojepa.config import read_config
+from biojepa.config import Config, read_config
 
 WORKFLOW = Path(__file__).resolve().parents[3]
 SNAKEFILE = WORKFLOW / "Snakefile"
@@ -50,6 +51,28 @@ def check_config(content: Mapping[str, Any], arguments: Sequence[str] | None = N
     if missing := config.missing_predictions():
         problems.add(missing)
         wrong.append(missing)
+    # Where the config is at fault, Snakemake would only say the same once more.
+    asks = arguments is not None and not wrong
+    with ThreadPoolExecutor(max_workers=1) as background:
+        # Snakemake plans in a process of its own, while files are read here.
+        counting = background.submit(count_jobs, arguments or (), SNAKEFILE) if asks else None
+        screens = _look_at_data(config, report, problems)
+        if counting is not None:
+            report["jobs"], said = counting.result()
+            if said:
+                problems.add(f"Snakemake cannot plan the run: {said}")
+        elif arguments is not None:
+            report["notes"].append(
+                "jobs are counted, and what else may be wrong is looked for, once "
+                "the problems of the config are mended"
+            )
+    schema = yaml.safe_load((WORKFLOW / "schemas" / "config.schema.yaml").read_text(encoding="utf-8"))
+    report["estimate"] = estimate(config, screens, report["jobs"], _defaults(schema["properties"]["train"]))
+    return report
+
+
+def _look_at_data(config: Config, report: dict[str, Any], problems: Problems) -> dict[str, Screen]:
+    """Fill in what the report says of each dataset."""
     catalogue = read_catalogue(CATALOGUE)
     screens: dict[str, Screen] = {
         dataset: look_at_screen(config, dataset, problems) for dataset in config.all_datasets
@@ -67,14 +90,7 @@ def check_config(content: Mapping[str, Any], arguments: Sequence[str] | None = N
             facts["folds"] = look_at_folds(config, dataset, screen, problems)
     if lack := space_problem(wanted, Path()):
         problems.add(lack)
-    # Where the config is at fault, Snakemake would only say the same once more.
-    if arguments is not None and not wrong:
-        report["jobs"], said = count_jobs(arguments, SNAKEFILE)
-        if said:
-            problems.add(f"Snakemake cannot plan the run: {said}")
-    schema = yaml.safe_load((WORKFLOW / "schemas" / "config.schema.yaml").read_text(encoding="utf-8"))
-    report["estimate"] = estimate(config, screens, report["jobs"], _defaults(schema["properties"]["train"]))
-    return report
+    return screens
 
 
 def _defaults(part: Mapping[str, Any]) -> dict[str, Any]:

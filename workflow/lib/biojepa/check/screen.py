@@ -148,7 +148,7 @@ def _look_at_cells(
 
     labels = None
     if needs_guide_counts(opened, source):
-        facts["labels_from"] = COUNTS
+        facts["labels_from"], facts["method"] = COUNTS, settings.guide_assignment.method
         with problems.caught(dataset, "guides"):
             _look_at_guides(opened.guide_names, source, screen)
     elif not source.perturbation_column and opened.called_guides is not None:

@@ -19,6 +19,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         lines += [dataset + (" (for its responses alone)" if facts["only_responses"] else "")]
         lines += [f"  {line}" for part in _parts(facts) for line in _wrapped(part)]
         lines.append("")
+    lines = lines if report["jobs"] or report["notes"] else lines[:-1]
     lines += [line for note in report["notes"] for line in _wrapped(f"Note: {note}")]
     if report["jobs"]:
         total = sum(report["jobs"].values())
@@ -79,7 +80,7 @@ def _labels(facts: Mapping[str, Any]) -> Iterator[str]:
         yield "labels: known once the screen is there"
     elif origin == COUNTS:
         yield (
-            "labels: called from guide counts by preprocess; guides of each target: "
+            f"labels: called from guide counts by preprocess ({facts['method']}); guides of each target: "
             f"{_counts(facts.get('targets', {}))}"
         )
     elif origin == CALLS:
@@ -153,7 +154,8 @@ def _folds(facts: Mapping[str, Any]) -> Iterator[str]:
         sizes = "; ".join(f"fold {f['fold']}: {f['train']} / {f['val']} / {f['test']}" for f in folds)
         yield f"scheme {scheme}, perturbations for training / validation / test: {sizes or 'none'}"
     if "folds" in facts and not facts["folds"]:
-        yield "folds: known once labels are"
+        first = "preprocess has called the guides" if facts.get("labels_from") == COUNTS else "labels are"
+        yield f"folds: known once {first}"
 
 
 def _estimate(estimate: Mapping[str, Any]) -> list[str]:
@@ -162,6 +164,12 @@ def _estimate(estimate: Mapping[str, Any]) -> list[str]:
     for rule, cost in estimate["rules"].items():
         memory = f", up to {cost['gib']:.1f} GiB each" if cost["gib"] is not None else ""
         lines.append(f"  {rule}: {cost['jobs']} job(s), {_time(cost['seconds'])} of processor time{memory}")
+    if len(estimate["rules"]) > 1:
+        total = sum(cost["seconds"] for cost in estimate["rules"].values())
+        most = max(cost["gib"] or 0 for cost in estimate["rules"].values())
+        lines.append(
+            f"  together: {_time(total)} of processor time" + (f", {most:.1f} GiB at most" if most else "")
+        )
     if estimate["not_measured"]:
         lines += _wrapped(f"  not measured, so not in it: {', '.join(estimate['not_measured'])}")
     if estimate["missing"]:

@@ -70,9 +70,11 @@ def require_column(table: pd.DataFrame, column: str, where: str | Path, setting:
 def suggested_column(names: Sequence[str], column: str, setting: str) -> str:
     """Return the column that was probably meant: of close spelling, or a usual name; empty for none."""
     folded = {name.casefold(): name for name in reversed(names)}
-    close = difflib.get_close_matches(column.casefold(), folded, n=1, cutoff=0.5)
-    usual = [folded[name.casefold()] for name in COMMON_NAMES.get(setting, ()) if name.casefold() in folded]
-    return folded[close[0]] if close else usual[0] if usual else ""
+    asked = column.casefold()
+    near, far = (difflib.get_close_matches(asked, folded, n=1, cutoff=cutoff) for cutoff in (0.75, 0.5))
+    within = [name for name in folded if asked and (name.startswith(asked) or asked.startswith(name))]
+    usual = [name.casefold() for name in COMMON_NAMES.get(setting, ()) if name.casefold() in folded]
+    return next((folded[name] for name in (*near, *within, *usual, *far)), "")
 
 
 @contextmanager
