@@ -14,7 +14,7 @@ from scipy.io import mmwrite
 
 from biojepa.errors import InputError
 from biojepa.guides import GuideAssignment
-from biojepa.preprocess.annotate import annotate_cells
+from biojepa.preprocess.annotate import annotate_cells, label_cells, needs_guide_counts
 from biojepa.preprocess.quality import Funnel
 from biojepa.raw import RawScreen, ScreenSource, guide_files, open_screen, read_screen
 from biojepa.sample_files import find_samples
@@ -404,3 +404,74 @@ def test_barcodes_that_are_no_cells_are_the_first_line_of_the_funnel():
     assert table["cells_removed"].tolist() == [5, 3]
     assert table["cells_after"].tolist() == [10, 7]
     assert table["note"].tolist()[0] == "why"
+
+
+def without_counts(folder):
+    """Spoil every count of a folder, so that whoever reads one fails."""
+    for path in folder.rglob("*matrix.mtx.gz"):
+        lines = gzip.decompress(path.read_bytes()).splitlines()
+        path.write_bytes(gzip.compress(b"\n".join(lines[:3]) + b"\n"))
+    for path in folder.rglob("*.h5"):
+        with h5py.File(path, "r+") as file:
+            data = file["matrix/data"]
+            shape, dtype, size = data.shape, data.dtype, data.nbytes
+            del file["matrix/data"]
+            # In a file that is not there: the type is known, and reading it fails.
+            file["matrix"].create_dataset("data", shape, dtype, external=[("gone.bin", 0, size)])
+
+
+@pytest.mark.parametrize("layout", ["folders", "prefixes", "hdf5"])
+def test_tables_of_samples_are_read_without_any_count(tmp_path, layout):
+    source = two_samples(tmp_path, layout)
+    with open_screen(source) as whole:
+        pass
+    without_counts(tmp_path / layout)
+    with open_screen(source, tables_only=True) as tables:
+        pd.testing.assert_frame_equal(tables.obs, whole.obs)
+        pd.testing.assert_frame_equal(tables.var, whole.var)
+        assert tables.counts.shape == (6, 6)
+        assert tables.sample_column == "sample"
+        assert tables.guide_names.tolist() == GUIDES
+        assert tables.notes == whole.notes
+        with pytest.raises(ValueError, match="counts of this screen were not opened"):
+            next(tables.blocks())
+    with pytest.raises(InputError), open_screen(source) as spoiled:
+        list(spoiled.blocks())
+
+
+@pytest.mark.parametrize("form", ["cells", "guides", "long", "mtx", "h5"])
+def test_names_of_guides_are_read_without_their_counts(tmp_path, form):
+    table = pd.DataFrame(GUIDE_COUNTS, index=pd.Index(CELLS, name="cell"), columns=GUIDES).astype(object)
+    path = tmp_path / "guides" / "table.csv"
+    path.parent.mkdir()
+    if form in ("mtx", "h5"):
+        path = path.parent / ("matrix" if form == "mtx" else "guides.h5")
+        (write_mtx if form == "mtx" else write_h5)(path, COUNTS)
+        without_counts(path.parent)
+    elif form == "long":
+        long = table.stack().reset_index().set_axis(["barcode", "guide", "count"], axis=1)
+        long.assign(count="spoiled").to_csv(path, index=False)
+    else:
+        table[:] = "spoiled"
+        (table if form == "cells" else table.T).to_csv(path)
+    source = replace(write_mtx(tmp_path / "run", GENE_COUNTS[:3], CELLS[:3]), guide_counts=str(path))
+    with open_screen(source, tables_only=True) as tables:
+        assert tables.guide_names.tolist() == GUIDES
+        assert tables.guide_counts is None
+        assert any("1 of 4 barcodes" in note for note in tables.notes)
+        assert needs_guide_counts(tables, source)
+    with pytest.raises(InputError), open_screen(source) as spoiled:
+        list(spoiled.blocks())
+
+
+def test_guides_that_were_called_elsewhere_are_labels_without_any_count(tmp_path):
+    calls = tmp_path / "calls.csv"
+    calls.write_text(CALLS + "AAA-1,1,KLF1_g1,3\nGGG-1,1,NT_g1,2\nTTT-1,2,KLF1_g1|SET_g1,6|2\n")
+    write_h5(tmp_path / "run" / "filtered_feature_bc_matrix.h5")
+    source = ScreenSource("toy", str(tmp_path / "run"), guide_calls=str(calls))
+    source = replace(source, guide_table=str(guide_table(tmp_path)))
+    without_counts(tmp_path / "run")
+    with open_screen(source, tables_only=True) as tables:
+        assert not needs_guide_counts(tables, source)
+        labels = label_cells(tables, source, GuideAssignment(method="threshold")).obs["perturbation"]
+    assert labels.tolist() == ["KLF1", None, "control", "KLF1+SET"]

@@ -266,9 +266,10 @@ def _add_guides(screen: RawScreen, source: ScreenSource, how: Reading) -> None:
     """Read the counts and calls of guides that lie in files of their own."""
     index, samples = screen.obs.index, bool(screen.sample_column)
     if source.guide_counts:
-        names, counts, said = read_guide_counts(
-            source.guide_counts, index, lambda path: open_10x(path, how), samples, how.tables_only
-        )
+        with damage_told(Path(source.guide_counts)):
+            names, counts, said = read_guide_counts(
+                source.guide_counts, index, lambda path: open_10x(path, how), samples, how.tables_only
+            )
         if screen.guides is not None:
             said.append(f"the {len(screen.guides)} guides in the matrix left aside for them")
         screen.guides, screen.guide_names, screen.guide_counts = None, names, counts
