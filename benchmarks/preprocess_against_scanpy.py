@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sparse_screen import CONTROL_LABEL, SparseScreen, measured, run_and_print
+from sparse_screen import CONTROL_LABEL, SparseScreen, measured, run_and_print, screen_source
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow" / "lib"))
@@ -48,19 +48,10 @@ def simulate(folder: Path) -> Callable[[], None]:
 def ours(folder: Path) -> Callable[[], None]:
     """Prepare to preprocess as the pipeline does."""
     from biojepa.preprocess import PreprocessSettings, preprocess_file
-    from biojepa.raw import ScreenSource
 
-    source = ScreenSource(
-        "simulated",
-        str(folder / "raw.h5ad"),
-        perturbation_column="gene",
-        control_label=CONTROL_LABEL,
-        batch_column="lane",
-        perturbation_type="CRISPRi",
-    )
     (folder / "ours").mkdir(exist_ok=True)
     files = [folder / "ours" / name for name in FILES]
-    return lambda: preprocess_file(source, PreprocessSettings(), *files)
+    return lambda: preprocess_file(screen_source(folder), PreprocessSettings(), *files)
 
 
 def plain(folder: Path) -> Callable[[], None]:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sparse_screen import CONTROL_LABEL, SparseScreen, measured, run_and_print
+from sparse_screen import SparseScreen, measured, run_and_print, screen_source
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow" / "lib"))
@@ -55,19 +55,10 @@ def sizes(largest: int) -> list[tuple[int, int]]:
 def preprocess(folder: Path) -> Callable[[], None]:
     """Prepare to preprocess the screen in ``folder``."""
     from biojepa.preprocess import PreprocessSettings, preprocess_file
-    from biojepa.raw import ScreenSource
 
-    source = ScreenSource(
-        "simulated",
-        str(folder / "raw.h5ad"),
-        perturbation_column="gene",
-        control_label=CONTROL_LABEL,
-        batch_column="lane",
-        perturbation_type="CRISPRi",
-    )
     settings = PreprocessSettings(min_cells_per_perturbation=2)
     files = [folder / name for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")]
-    return lambda: preprocess_file(source, settings, *files)
+    return lambda: preprocess_file(screen_source(folder), settings, *files)
 
 
 def pair(folder: Path) -> Callable[[], None]:

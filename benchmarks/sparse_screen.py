@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anndata as ad
 import h5py
@@ -26,6 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow" / "lib"))
 
 from biojepa.files import atomic_path  # noqa: E402
+
+if TYPE_CHECKING:
+    from biojepa.raw import ScreenSource
 
 TABLE = 1 << 16
 MEASURED = "measured: "
@@ -144,6 +148,21 @@ class SparseScreen:
         counts = sparse.csr_matrix((ones, (rows, genes)), shape=(n, self.n_genes))
         counts.sum_duplicates()
         return counts
+
+
+def screen_source(folder: Path) -> ScreenSource:
+    """Return what a table of datasets would say of the screen in ``folder``."""
+    # Here, so that the memory of whoever does without it is not that of the import.
+    from biojepa.raw import ScreenSource
+
+    return ScreenSource(
+        "simulated",
+        str(folder / "raw.h5ad"),
+        perturbation_column="gene",
+        control_label=CONTROL_LABEL,
+        batch_column="lane",
+        perturbation_type="CRISPRi",
+    )
 
 
 def run_and_print(run: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from biojepa.raw import ScreenSource
 from workflow_case import REPO, Pipeline
 
 DATA_VARIABLE = "BIOJEPA_TEST_DATA"
@@ -23,6 +24,23 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real screens in {folder}; name their folder in {DATA_VARIABLE}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def papalexi(real_data) -> ScreenSource:
+    """Return what the table of datasets would say of a 10x folder with guide capture and a table of cells."""
+    folder = real_data / "papalexi2021_10x"
+    return ScreenSource(
+        "papalexi",
+        str(folder),
+        control_label="non-targeting",
+        batch_column="replicate",
+        library_size_column="n_umis_all_genes",
+        mito_column="p_mito",
+        perturbation_type="CRISPRko",
+        cell_metadata=str(folder / "cells.csv"),
+        guide_table=str(folder / "guides.csv"),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import yaml
 
 from local_conda.channel import build_channel, conda_name, conda_specifier
 from local_conda.command import create, install_command
-from workflow_case import CONFIGS, TINY, Pipeline, serve
+from workflow_case import CONFIGS, TINY, Pipeline, call, serve
 
 # One fold and few models: what each rule imports does not depend on how many.
 FEW = {"folds": [0], "models": ["mean", "no_change", "kernel_ridge", "biojepa", "biojepa_ridge"]}
@@ -77,16 +77,7 @@ class CondaPipeline:
         environment = {
             key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))
         } | {"PATH": path, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        return subprocess.run(
-            list(map(str, command)),
-            cwd=self.pipeline.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=600,
-        )
+        return call(command, self.pipeline.folder, environment)
 
     def environments(self):
         """Name of each environment file to the environment that was made of it."""
@@ -208,16 +199,8 @@ def run_module(folder, config, *arguments):
     settings["datasets"] = str(CONFIGS / "datasets.tsv")
     theirs = {"perturbations": settings, "of_the_other": 1}
     (folder / "config" / "theirs.yaml").write_text(yaml.safe_dump(theirs), encoding="utf-8")
-    return subprocess.run(
-        [sys.executable, "-m", "snakemake", "--cores", "1", *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", *arguments]
+    return call(command, folder, os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")

@@ -112,16 +112,7 @@ class Pipeline:
         command += ["--snakefile", str(self.checkout / "Snakefile"), "--directory", str(self.folder)]
         command += ["--cores", str(cores), *(["--configfile", *files] if files else [])]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        return subprocess.run(
-            command,
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=600,
-        )
+        return call(command, self.folder, environment)
 
     def planned(self, *arguments: str, config: Mapping[str, Any] | None = None) -> dict[str, int]:
         """Count the jobs of each rule that a run would execute; the collecting rule ``all`` left out."""
@@ -144,6 +135,22 @@ class Pipeline:
     def cells(self) -> ad.AnnData:
         """Read the preprocessed cells."""
         return ad.read_h5ad(self.path("preprocess", "cells.h5ad"))
+
+
+def call(
+    command: Sequence[str | Path], folder: Path, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, whatever its exit status. Output holds both streams."""
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=600,
+    )
 
 
 @contextmanager

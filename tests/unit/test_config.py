@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, fields
 import pytest
 import yaml
 
-from biojepa.config import ConfigError, load_config
+from biojepa.config import FILE_COLUMNS, ConfigError, Source, load_config
 from biojepa.contracts import NO_SPLIT, SCHEMES, STRATEGIES
 from biojepa.evaluation.settings import DistributionSettings, EnrichmentSettings, EvaluationSettings
 from biojepa.guides import GuideAssignment
@@ -669,6 +669,31 @@ def test_a_folder_is_read_file_by_file(folder):
     ]
     assert source.table("guide_table") == ["data/mine.h5ad"]
     assert source.table("cell_metadata") == []
+
+
+def test_notes_of_snakemake_and_of_downloads_in_a_folder_are_no_inputs(folder):
+    raw = folder / "raw_folder"
+    raw.mkdir()
+    for name in ("screen.loom", ".snakemake_timestamp", "a.part", "a.part.etag", "a.sha256", ".x.9.partial"):
+        (raw / name).touch()
+    assert Source(row_of(raw)).raw_files == [f"{raw}/screen.loom"]
+
+
+def test_a_matrix_of_guides_in_the_folder_is_an_input_of_its_own(folder):
+    raw = folder / "raw_folder"
+    for place in (raw, raw / "guides"):
+        place.mkdir()
+        for name in ("matrix.mtx", "features.tsv", "barcodes.tsv"):
+            (place / name).touch()
+    names = [f"{raw}/{name}" for name in ("barcodes.tsv", "features.tsv", "matrix.mtx")]
+    assert Source(row_of(raw, guide_counts=f"{raw}/guides")).raw_files == names
+    assert len(Source(row_of(raw)).raw_files) == 6
+
+
+def row_of(source, **fields):
+    """Return a row of the table of datasets with empty fields."""
+    columns = ("checksum", "format", "guide_counts")
+    return dict.fromkeys((*columns, *FILE_COLUMNS), "") | {"dataset": "mine", "source": str(source)} | fields
 
 
 def test_of_the_output_of_cell_ranger_only_what_is_read_is_an_input(folder):

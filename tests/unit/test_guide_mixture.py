@@ -337,19 +337,10 @@ def test_preprocess_calls_guides_by_the_mixture():
     assert (found["perturbation"].to_numpy()[alone] == truth[alone]).all()
 
 
-def test_papalexi_agrees_with_dominance_and_targets_go_down_as_much(real_data):
-    folder = real_data / "papalexi2021_10x"
-    source = ScreenSource(
-        "papalexi",
-        str(folder),
-        control_label="non-targeting",
-        library_size_column="n_umis_all_genes",
-        cell_metadata=str(folder / "cells.csv"),
-        guide_table=str(folder / "guides.csv"),
-    )
-    screen = read_screen(source)
+def test_papalexi_agrees_with_dominance_and_targets_go_down_as_much(papalexi):
+    screen = read_screen(papalexi)
     names = list(screen.uns[GUIDE_NAMES])
-    targets = guide_targets(names, source)
+    targets = guide_targets(names, papalexi)
     calls = {
         method: call_guides(
             screen.obsm[GUIDE_COUNTS], names, targets, GuideAssignment(method=method, max_guides=1)

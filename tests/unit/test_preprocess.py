@@ -688,20 +688,8 @@ runpy.run_path({str(SCRIPTS / "preprocess.py")!r}, {{"snakemake": snakemake}}, r
     assert "Traceback" not in failed.stderr
 
 
-def test_papalexi_targets_that_are_measured_go_down(real_data):
-    folder = real_data / "papalexi2021_10x"
-    source = ScreenSource(
-        "papalexi",
-        str(folder),
-        control_label="non-targeting",
-        batch_column="replicate",
-        library_size_column="n_umis_all_genes",
-        mito_column="p_mito",
-        perturbation_type="CRISPRko",
-        cell_metadata=str(folder / "cells.csv"),
-        guide_table=str(folder / "guides.csv"),
-    )
-    result = preprocess_screen(read_screen(source), source, PreprocessSettings(permutations=19))
+def test_papalexi_targets_that_are_measured_go_down(papalexi):
+    result = preprocess_screen(read_screen(papalexi), papalexi, PreprocessSettings(permutations=19))
     assert row(result.qc, "filter", "too_many_guides")["cells_after"] == 18_826
     table = result.perturbations
     measured = table[table["target_measured"] == "True"]

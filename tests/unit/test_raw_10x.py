@@ -2,7 +2,10 @@
 
 import gzip
 import io
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import h5py
@@ -128,7 +131,7 @@ def test_files_of_other_programs_are_named(tmp_path):
         for genome in ("GRCh38", "mm10"):
             for part in ("barcodes", "genes", "data", "indices", "indptr"):
                 file[f"{genome}/{part}"] = [0]
-    with pytest.raises(InputError, match=r"genomes GRCh38, mm10; expected the matrix of one genome"):
+    with pytest.raises(InputError, match=r"2 genomes: .*; expected the matrix of one genome"):
         read_screen(ScreenSource("toy", str(path)))
 
 
@@ -373,6 +376,58 @@ def test_guide_counts_of_their_own_replace_those_in_the_matrix(tmp_path):
     path.write_text("cell\tKLF1_g1\nAAA-1\tmany\n")
     with pytest.raises(InputError, match=r"column 'KLF1_g1': found 'many'; expected a count"):
         read_screen(replace(write_h5(tmp_path / "a.h5"), guide_counts=str(path)))
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("form", ["folder", "prefix", "h5"])
+def test_a_matrix_of_guides_beside_that_of_genes_is_no_sample(tmp_path, form, named):
+    run = tmp_path / "run"
+    write_mtx(run, GENE_COUNTS, prefix="GSM1_")
+    guides = np.hstack([np.zeros((4, 3), dtype=int), GUIDE_COUNTS])
+    path = run / {"folder": "guides", "prefix": "GSM2_matrix.mtx.gz", "h5": "guides_matrix.h5"}[form]
+    if form == "h5":
+        write_h5(path, guides)
+        with h5py.File(path, "r+") as file:
+            file["matrix/features/feature_type"][:] = b"CRISPR Guide Capture"
+    else:
+        prefix = "GSM2_" if form == "prefix" else ""
+        write_mtx(run if prefix else path, guides, prefix=prefix)
+        features = run / f"{prefix}features.tsv.gz" if prefix else path / "features.tsv.gz"
+        text = gzip.decompress(features.read_bytes()).replace(b"Gene Expression", b"CRISPR Guide Capture")
+        features.write_bytes(gzip.compress(text))
+    read = read_screen(ScreenSource("toy", str(run), guide_counts=str(path) if named else ""))
+    np.testing.assert_array_equal(read.X.toarray(), GENE_COUNTS)
+    assert read.obs_names.tolist() == CELLS
+    notes = " / ".join(read.uns["notes"])
+    if named:
+        assert read.uns["guide_names"].tolist() == GENES + GUIDES
+        np.testing.assert_array_equal(read.obsm["guide_counts"].toarray(), guides)
+        assert "left aside" not in notes
+    else:
+        assert "guide_counts" not in read.obsm
+        assert "left aside: it counts no genes; if it counts guides, give it as `guide_counts`" in notes
+
+
+def test_a_matrix_without_types_that_is_not_named_is_told_from_samples(tmp_path):
+    write_mtx(tmp_path / "run", GENE_COUNTS, prefix="GSM1_")
+    write_mtx(tmp_path / "run", GENE_COUNTS[:, :2], prefix="GSM2_", version=2)
+    with pytest.raises(
+        InputError, match=r"of one reference, .* or give a matrix of guides as `guide_counts`"
+    ):
+        read_screen(ScreenSource("toy", str(tmp_path / "run")))
+
+
+def test_of_two_genomes_both_are_named_and_how_to_take_one(tmp_path):
+    path = tmp_path / "a.h5"
+    source = write_h5(path, GENE_COUNTS, version=2)
+    with h5py.File(path, "r+") as file:
+        file.copy("GRCh38", "mm10")
+    with pytest.raises(InputError, match=r"2 genomes: GRCh38 \(4 barcodes\), mm10 \(4") as caught:
+        read_screen(source)
+    code = re.search(r'python -c "(.*)", and', str(caught.value))[1]
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    read = read_screen(ScreenSource("toy", str(tmp_path / "a_GRCh38.h5")))
+    np.testing.assert_array_equal(read.X.toarray(), GENE_COUNTS)
 
 
 def test_the_feature_reference_of_cell_ranger_is_a_guide_table(tmp_path):

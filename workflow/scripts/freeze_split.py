@@ -8,15 +8,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
-from biojepa.jobs import recorded_job
+from biojepa.jobs import listed, recorded_job
 from biojepa.pairing import PairSettings, freeze_split
 
 if __name__ == "__main__":
     with recorded_job(snakemake):
         wildcards, settings = snakemake.wildcards, dict(snakemake.params.settings)
-        if listed := snakemake.input.get("listed"):
+        if named := listed(snakemake.input.get("listed", [])):
             # Where the rule's input has it, in a module with a prefix elsewhere than the config says.
-            settings["list"] = listed if isinstance(listed, str) else listed[0]
+            settings["list"] = named[0]
         freeze_split(
             snakemake.input.cells,
             snakemake.output.split,

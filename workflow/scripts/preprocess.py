@@ -9,13 +9,13 @@ distance to control in principal components, permutation test) and the number of
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
-from biojepa.jobs import recorded_job
+from biojepa.jobs import listed, recorded_job
 from biojepa.preprocess import PreprocessSettings, preprocess_file
 from biojepa.raw import ScreenSource
 
@@ -52,11 +52,6 @@ def found_at(
     ends = (place for place in places if place.parts[-len(named.parts) :] == named.parts)
     path = named if named in places else next(ends, first.parent)
     return {**source, "path": str(path), **tables_found}
-
-
-def listed(files: str | Iterable[str]) -> list[str]:
-    """Return the paths of a named input, which is a string where it is one file."""
-    return [files] if isinstance(files, str) else list(files)
 
 
 if __name__ == "__main__":

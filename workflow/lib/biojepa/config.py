@@ -35,6 +35,7 @@ from biojepa.raw_files import (
     SEPARATOR,
     SINGLE_FILE_FORMATS,
     RawFile,
+    is_own_note,
     listed_files,
     unusable_file_names,
 )
@@ -188,9 +189,11 @@ class Source:
         """Files that hold the screen: one, or those of a folder; a folder that is still to be unpacked."""
         path = Path(self.path)
         if not self.is_simulated and not self.is_staged and path.is_dir():
-            samples, _ = find_samples(path)
+            samples, _ = find_samples(path, without=_listed(self.row["guide_counts"]))
             files = [file for sample in samples for file in sample.files]
-            return sorted({file.as_posix() for file in files or path.iterdir() if file.is_file()})
+            # What no reader knows is an input too, but for what Snakemake and downloads leave beside files.
+            others = (file for file in path.iterdir() if not is_own_note(file.name))
+            return sorted({file.as_posix() for file in files or others if file.is_file()})
         if self.path == self.folder:
             return [f"{self.folder}/{one.name}" for one in self.screen_files]
         return [self.path]

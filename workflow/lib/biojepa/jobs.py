@@ -45,7 +45,7 @@ def recorded_job(snakemake: Any) -> Iterator[dict[str, Any]]:
         known: dict[str, Any] = {"inputs": before["inputs"]}
         yield known
         record = before | _after(snakemake, time.monotonic() - began) | known
-        for path in _listed(snakemake.output.get("record", [])):
+        for path in listed(snakemake.output.get("record", [])):
             write_json(record, path)
 
 
@@ -82,7 +82,7 @@ def _after(snakemake: Any, seconds: float) -> dict[str, Any]:
         ``outputs`` (path to SHA-256, bytes and time of change), ``device``, ``seconds``, ``peak_memory_mb``
         and ``finished`` (UTC).
     """
-    record = set(_listed(snakemake.output.get("record", [])))
+    record = set(listed(snakemake.output.get("record", [])))
     return {
         "outputs": {
             str(file): _identity(file)
@@ -105,7 +105,8 @@ def device_used() -> str:
     return "cpu"
 
 
-def _listed(paths: str | Iterable[str]) -> list[str]:
+def listed(paths: str | Iterable[str]) -> list[str]:
+    """Return the paths of a named input or output, which is a string where it is one file."""
     return [paths] if isinstance(paths, str) else list(paths)
 
 

@@ -80,6 +80,11 @@ class RawFile:
         return "\t".join([parts.netloc.lower(), unquote(parts.path), parts.query])
 
 
+def is_own_note(name: str) -> bool:
+    """Tell whether a file is hidden, as Snakemake's time of a folder is, or is left by a download."""
+    return name.startswith(".") or name.endswith(RESERVED_SUFFIXES)
+
+
 def listed_files(source: str, checksum: str = "") -> tuple[RawFile, ...]:
     """Read the columns ``source`` and ``checksum``, each one or several joined by ``;``.
 

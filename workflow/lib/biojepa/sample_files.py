@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,9 @@ class SampleFiles:
         return (self.matrix, *self.features, *self.barcodes)
 
 
-def find_samples(folder: str | Path, kind: str = "") -> tuple[list[SampleFiles], list[str]]:
+def find_samples(
+    folder: str | Path, kind: str = "", without: Iterable[str | Path] = ()
+) -> tuple[list[SampleFiles], list[str]]:
     """Find the 10x matrices in a folder and the folders in it.
 
     Where Cell Ranger left a filtered and a raw matrix, the filtered one is taken; where it left the same
@@ -66,6 +68,8 @@ def find_samples(folder: str | Path, kind: str = "") -> tuple[list[SampleFiles],
         files of several samples under prefixes, as on GEO.
     kind
         ``mtx`` or ``h5``: look for these alone.
+    without
+        Files and folders in it that are something else, such as counts of guides.
 
     Returns
     -------
@@ -73,8 +77,10 @@ def find_samples(folder: str | Path, kind: str = "") -> tuple[list[SampleFiles],
     """
     folder = Path(folder)
     found: dict[tuple[str, str], SampleFiles] = {}
+    others = {Path(path).absolute() for path in without} - {folder.absolute(), *folder.absolute().parents}
     for label, sample in _matrices(folder):
-        if not kind or sample.kind == kind:
+        matrix = sample.matrix.absolute()
+        if (not kind or sample.kind == kind) and not others.intersection((matrix, *matrix.parents)):
             found[label, sample.kind] = sample
     if any(not _is_odd(sample) for sample in found.values()):
         # Something else that is stored as HDF5 often lies beside a matrix.

@@ -25,7 +25,7 @@ from biojepa.raw.tables import (
     require_file,
     sample_barcodes,
 )
-from biojepa.raw.tenx import FEATURE_TYPES, GUIDE_TYPE
+from biojepa.raw.tenx import FEATURE_TYPES, GUIDE_TYPE, MATRIX_FILES
 
 FEATURE_CALL, CALL_UMIS, CALL_JOIN = "feature_call", "num_umis", "|"
 GUIDE_COLUMNS = ("guide", "guide_id", "guide_identity", "sgRNA", "feature", "feature_call", "protospacer")
@@ -48,9 +48,9 @@ def read_guide_counts(
     Parameters
     ----------
     path
-        A 10x matrix (folder or HDF5), a table with one row for each cell and guide (columns ``barcode``,
-        ``guide`` and ``count``, or their usual other names), or a table of cells × guides or of guides ×
-        cells; CSV or TSV, by its name.
+        A 10x matrix (folder, ``matrix.mtx`` with the files beside it, or HDF5), a table with one row for
+        each cell and guide (columns ``barcode``, ``guide`` and ``count``, or their usual other names), or a
+        table of cells × guides or of guides × cells; CSV or TSV, by its name.
     barcodes
         Cells of the screen.
     open_matrix
@@ -71,7 +71,7 @@ def read_guide_counts(
         When the file cannot be read, holds no counts, or shares no cell with the screen.
     """
     path = Path(path)
-    if path.is_dir() or path.name.endswith(".h5"):
+    if path.is_dir() or path.name.endswith((".h5", *MATRIX_FILES)):
         parts = open_matrix(path)
         names, cells, counts = _of_matrix(parts, tables_only)
     else:

@@ -223,10 +223,14 @@ def open_screen(
         )
     with ExitStack() as stack:
         how = Reading(stack, scratch, entries, most, tables_only)
+        # A matrix of guides in the same folder is no sample of it.
+        apart = [source.guide_counts] if source.guide_counts else []
         form, why = detect_format(source, how)
         log.info("%s is read as %s: %s", path, form, why)
         with damage_told(path):
-            parts = open_h5ad(path, source, how) if form == H5AD else open_10x(path, how, _kind_of(source))
+            parts = (
+                open_h5ad(path, source, how) if form == H5AD else open_10x(path, how, _kind_of(source), apart)
+            )
         counts, obs, var, notes = parts.counts, parts.obs, parts.var, parts.notes
         if 0 in counts.shape:
             raise InputError(
@@ -293,7 +297,7 @@ def detect_format(source: ScreenSource, how: Reading) -> tuple[str, str]:
     if source.format != "auto":
         return source.format, "the dataset table says so"
     if path.is_dir():
-        return _detect_folder(path)
+        return _detect_folder(path, source.guide_counts)
     if path.stat().st_size and not h5py.is_hdf5(path) and path.suffix not in (".h5ad", ".h5"):
         raise InputError(
             path,
@@ -317,9 +321,9 @@ def detect_format(source: ScreenSource, how: Reading) -> tuple[str, str]:
     )
 
 
-def _detect_folder(path: Path) -> tuple[str, str]:
-    samples, _ = find_samples(path)
-    if not samples and (files := sorted(file.name for file in path.rglob("*.h5ad"))):
+def _detect_folder(path: Path, guide_counts: str) -> tuple[str, str]:
+    samples, _ = find_samples(path, without=[guide_counts] if guide_counts else [])
+    if not samples and (files := sorted(file.name for file in path.rglob("[!.]*.h5ad"))):
         raise InputError(
             path,
             f"a folder with {', '.join(files[:5])}",

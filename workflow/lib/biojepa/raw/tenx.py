@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -24,16 +24,17 @@ from biojepa.raw.counts import are_counts, describe, to_counts, what_is_wrong, w
 from biojepa.raw.matrix import BLOCK_ENTRIES, CompressedRows, Entries, RowBlocks, StackedRows, UnreadRows
 from biojepa.raw.parts import Parts, Reading, open_hdf5
 from biojepa.raw.tables import read_plain_columns
-from biojepa.sample_files import HDF5, SampleFiles, find_samples
+from biojepa.sample_files import HDF5, MATRIX, SampleFiles, find_samples
 
 log = logging.getLogger(__name__)
 
 FEATURE_TYPES, SAMPLE = "feature_types", "sample"
 GENE_TYPE, GUIDE_TYPE = "Gene Expression", "CRISPR Guide Capture"
+MATRIX_FILES = (MATRIX, f"{MATRIX}.gz")
 
 
-def open_10x(path: Path, how: Reading, kind: str = "") -> Parts:
-    """Open a 10x HDF5 file, or all samples in a folder.
+def open_10x(path: Path, how: Reading, kind: str = "", without: Sequence[str] = ()) -> Parts:
+    """Open a 10x HDF5 file, one ``matrix.mtx`` with the files beside it, or all samples in a folder.
 
     Of several samples, barcodes start with the name of the sample and ``_``, and ``obs`` has the column
     ``sample``.
@@ -46,6 +47,8 @@ def open_10x(path: Path, how: Reading, kind: str = "") -> Parts:
         Block sizes, and where temporary files go.
     kind
         ``mtx`` or ``h5``: of a folder, take these alone.
+    without
+        Files and folders in it that are no samples.
 
     Raises
     ------
@@ -61,8 +64,19 @@ def open_10x(path: Path, how: Reading, kind: str = "") -> Parts:
                 "a folder with matrix.mtx, features.tsv and barcodes.tsv",
                 "set `source` to the folder",
             )
+        if path.name.endswith(MATRIX_FILES):
+            found, _ = find_samples(path.parent)
+            own = [sample for sample in found if sample.matrix == path]
+            if not own:
+                raise InputError(
+                    path,
+                    "a matrix that is left aside for another one in its folder",
+                    "the only one of its name",
+                    "put its three files into a folder of their own, and name the folder",
+                )
+            return _open_sample(own[0], path.parent, how)
         return _open_hdf5_matrix(path, how)
-    samples, notes = find_samples(path, kind)
+    samples, notes = find_samples(path, kind, without)
     if not samples:
         raise InputError(
             path,
@@ -74,9 +88,24 @@ def open_10x(path: Path, how: Reading, kind: str = "") -> Parts:
     for sample, part in zip(samples, parts, strict=True):
         shown = sample.matrix.relative_to(path).as_posix()
         log.info("%s: %d barcodes, %d features", shown, len(part.obs), len(part.var))
+    if any(_has_genes(part) for part in parts):
+        # Other programs count guides apart, and their matrices may lie in the same folder.
+        aside = [sample for sample, part in zip(samples, parts, strict=True) if not _has_genes(part)]
+        for sample in aside:
+            shown = sample.matrix.relative_to(path).as_posix()
+            notes.append(
+                f"{shown} left aside: it counts no genes; if it counts guides, give it as `guide_counts`"
+            )
+        parts = [part for part in parts if _has_genes(part)]
+        samples = [sample for sample in samples if sample not in aside]
     if len(parts) == 1:
         return Parts(parts[0].counts, parts[0].obs, parts[0].var, notes)
     return _joined(samples, parts, notes)
+
+
+def _has_genes(part: Parts) -> bool:
+    """Tell whether some features are genes; where they have no type, all are."""
+    return FEATURE_TYPES not in part.var or bool((part.var[FEATURE_TYPES] == GENE_TYPE).any())
 
 
 def _open_sample(sample: SampleFiles, folder: Path, how: Reading) -> Parts:
@@ -105,7 +134,8 @@ def _joined(samples: list[SampleFiles], parts: list[Parts], notes: list[str]) ->
                 f"{len(part.var)} features, of which or of the {len(first)} of sample {samples[0].name!r} "
                 f"{n_other} are in one of the two alone",
                 "the same features in the same order in every sample",
-                "use matrices of one reference, or make each sample a dataset of its own",
+                "use matrices of one reference, make each sample a dataset of its own, or give a matrix "
+                "of guides as `guide_counts`",
             )
     obs = []
     for sample, part in zip(samples, parts, strict=True):
@@ -219,14 +249,23 @@ def _open_hdf5_matrix(path: Path, how: Reading) -> Parts:
         missing = [name for name in ("features", "shape") if name not in group]
     else:
         genomes = _genomes(file)
-        if len(genomes) != 1:
+        if not genomes:
             raise InputError(
                 path,
-                f"genomes {', '.join(genomes)}"
-                if genomes
-                else f"an HDF5 file with {', '.join(file) or 'nothing'}",
-                "the matrix of one genome" if genomes else "a 10x feature-barcode matrix",
-                "make a file of one of them" if genomes else "use filtered_feature_bc_matrix.h5",
+                f"an HDF5 file with {', '.join(file) or 'nothing'}",
+                "a 10x feature-barcode matrix",
+                "use filtered_feature_bc_matrix.h5",
+            )
+        if len(genomes) > 1:
+            sizes = ", ".join(f"{name} ({len(file[name]['barcodes'])} barcodes)" for name in genomes)
+            name, alone = genomes[0], f"{path.stem}_{genomes[0]}.h5"
+            copy = f"h5py.File({path.name!r}).copy({name!r}, h5py.File({alone!r}, 'w'))"
+            raise InputError(
+                path,
+                f"{len(genomes)} genomes: {sizes}",
+                "the matrix of one genome; cells of two species are two screens",
+                f'write the one you want to a file of its own, such as python -c "import h5py; {copy}", '
+                f"and set `source` to it",
             )
         group = file[genomes[0]]
         missing = [name for name in ("gene_names", "shape") if name not in group]

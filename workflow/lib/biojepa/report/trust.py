@@ -133,20 +133,21 @@ def _layout(traces: list[Spec], across: list[float | None], along: list[float | 
 def _intervals(table: pd.DataFrame) -> Spec:
     """Draw the interval of each expectation as a thin vertical line."""
     return {
-        "type": "scatter",
+        **_with_intervals(table, "expected", {"thickness": 1, "width": 0, "color": "@rule"}),
         "mode": "markers",
-        "x": numbers(table["expected"], 4),
-        "y": numbers(table["expected"], 4),
-        "error_y": error_bars(
-            table["expected"],
-            table["low"],
-            table["high"],
-            {"thickness": 1, "width": 0, "color": "@rule"},
-            digits=4,
-        ),
         "marker": {"size": 1, "color": "@rule"},
         "hoverinfo": "skip",
         "showlegend": False,
+    }
+
+
+def _with_intervals(table: pd.DataFrame, column: str, look: dict[str, Any]) -> Spec:
+    """Return what a trace over the expectation has in common: places, and an interval at each."""
+    return {
+        "type": "scatter",
+        "x": numbers(table["expected"], 4),
+        "y": numbers(table[column], 4),
+        "error_y": error_bars(table[column], table["low"], table["high"], look, digits=4),
     }
 
 
@@ -178,18 +179,9 @@ def _points(rows: pd.DataFrame, name: str, color: str, symbol: str) -> Spec:
 
 def _means(bins: pd.DataFrame) -> Spec:
     return {
-        "type": "scatter",
+        **_with_intervals(bins, "observed", {"thickness": 1.6, "width": 4, "color": "@ink"}),
         "mode": "lines+markers",
         "name": "mean of a bin",
-        "x": numbers(bins["expected"], 4),
-        "y": numbers(bins["observed"], 4),
-        "error_y": error_bars(
-            bins["observed"],
-            bins["low"],
-            bins["high"],
-            {"thickness": 1.6, "width": 4, "color": "@ink"},
-            digits=4,
-        ),
         "line": {"width": 1, "color": "@ink"},
         "marker": {"size": 9, "symbol": "square", "color": "@ink"},
         "customdata": [format_count(n) for n in bins["n"]],
