@@ -29,6 +29,7 @@ PACKAGES = (
     "scanpy",
     "scikit-image",
     "scikit-learn",
+    "pot",
     "gseapy",
     "h5py",
     "plotly",
