@@ -30,7 +30,7 @@ from biojepa.preprocess.annotate import (
     mitochondrial_percent,
     needs_guide_counts,
 )
-from biojepa.preprocess.cell_labels import other_controls
+from biojepa.preprocess.cell_labels import other_controls, unsplit_labels
 from biojepa.preprocess.quality import Funnel, filter_small_perturbations
 from biojepa.preprocess.settings import PreprocessSettings
 from biojepa.raw.read import RawScreen, open_screen
@@ -161,17 +161,14 @@ def _look_at_cells(
             facts["labels"] = _listing_of(raw.tolist(), labels.tolist())
     else:
         facts["labels_from"] = LABELS if source.perturbation_column else GUIDES
-        readable = True
         if source.perturbation_column and source.perturbation_column in opened.obs:
             facts["labels"], understood = _mapping(opened.obs[source.perturbation_column], source)
             # Sources are asked for these, also where other labels are not understood.
             screen.targets = sorted({gene for label in understood for gene in genes_of(label)})
-            for bad in facts["labels"]["unparseable"]:
-                problems.add(f"{bad['why']} ({bad['cells']} cells)", dataset)
-                readable = False
         with problems.caught(dataset, "perturbation_column"):
-            if readable:
-                labels = label_cells(opened, source, settings.guide_assignment).obs[PERTURBATION]
+            labels = label_cells(opened, source, settings.guide_assignment).obs[PERTURBATION]
+            if source.perturbation_column:
+                facts["join"], facts["unsplit"] = unsplit_labels(labels.to_numpy())
         if not source.perturbation_column and source.guide_column in opened.obs and labels is not None:
             raw = require_column(opened.obs, source.guide_column, source.path, "guide_column")
             facts["labels"] = _listing_of(raw.astype(object).tolist(), labels.tolist())

@@ -103,6 +103,11 @@ def _labels(facts: Mapping[str, Any]) -> Iterator[str]:
             "  called like controls but not named in control_label, left out: "
             f"{_counts(labels['other_controls'])}"
         )
+    if facts.get("unsplit"):
+        yield (
+            f"  taken as single genes: {len(facts['unsplit'])}: {_counts(facts['unsplit'])}; if they are "
+            f"combinations, set `separator` to {facts['join']}"
+        )
     if labels["unparseable"]:
         counts = {one["raw"]: one["cells"] for one in labels["unparseable"]}
         yield f"  not understood: {len(counts)}: {_counts(counts)}"

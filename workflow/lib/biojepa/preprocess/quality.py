@@ -7,7 +7,7 @@ respond are only flagged, so that the truth of a held-out perturbation is never 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import anndata as ad
 import numpy as np
@@ -310,8 +310,12 @@ def count_detected(screen: RawScreen, keep: np.ndarray) -> np.ndarray:
     return detected
 
 
-def filter_genes(detected: np.ndarray, min_cells: int, funnel: Funnel, where: str) -> np.ndarray:
+def filter_genes(
+    detected: np.ndarray, min_cells: int, funnel: Funnel, where: str, notes: Sequence[str] = ()
+) -> np.ndarray:
     """Return which genes ``(genes,)`` are ``detected`` ``(genes,)`` in enough of the cells left.
+
+    What ``notes`` say of the names of genes stands in the line of the filter.
 
     Raises
     ------
@@ -327,6 +331,6 @@ def filter_genes(detected: np.ndarray, min_cells: int, funnel: Funnel, where: st
             "lower preprocess.min_cells_per_gene, or check that the matrix holds counts of genes",
         )
     note = f"genes: {keep.size} before, {int((~keep).sum())} removed, {int(keep.sum())} after"
-    funnel.skip("min_cells_per_gene", note)
+    funnel.skip("min_cells_per_gene", "; ".join([note, *notes]))
     funnel.rows[-1]["threshold"] = f"≥ {min_cells} cells"
     return keep

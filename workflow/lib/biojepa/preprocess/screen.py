@@ -130,7 +130,8 @@ def write_cells(
     table = annotate_cells(screen, source, settings.guide_assignment)
     funnel = filter_cells(screen, table, settings, where)
     detected = count_detected(screen, funnel.keep)
-    genes = np.flatnonzero(filter_genes(detected, settings.min_cells_per_gene, funnel, where))
+    kept = filter_genes(detected, settings.min_cells_per_gene, funnel, where, screen.gene_notes)
+    genes = np.flatnonzero(kept)
 
     obs = _contract_obs(table.obs.iloc[np.flatnonzero(funnel.keep)])
     var = screen.var.iloc[genes].copy()

@@ -29,7 +29,7 @@ from biojepa.sample_files import HDF5, MTX, find_samples
 
 log = logging.getLogger(__name__)
 
-GUIDE_COUNTS, GUIDE_NAMES, NOTES = "guide_counts", "guide_names", "notes"
+GUIDE_COUNTS, GUIDE_NAMES, NOTES, GENE_NOTES = "guide_counts", "guide_names", "notes", "gene_notes"
 CALLED_GUIDES, CALLED_NAMES = "called_guides", "called_guide_names"
 LEFT_OUT, SAMPLE_COLUMN = "left_out", "sample_column"
 H5AD, MTX_FOLDER, H5_FILE = "h5ad", "10x_mtx", "10x_h5"
@@ -67,6 +67,8 @@ class RawScreen:
         Column of ``obs`` that tells several samples apart; empty for one sample.
     notes
         What had to be decided on the way.
+    gene_notes
+        Those of the notes that are about names of genes.
     where
         File or folder, for messages.
     """
@@ -83,6 +85,7 @@ class RawScreen:
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
     sample_column: str = ""
     notes: list[str] = field(default_factory=list)
+    gene_notes: list[str] = field(default_factory=list)
     where: Path | None = None
 
     @classmethod
@@ -100,6 +103,7 @@ class RawScreen:
             left_out={name: (int(n), str(why)) for name, (n, why) in screen.uns.get(LEFT_OUT, {}).items()},
             sample_column=str(screen.uns.get(SAMPLE_COLUMN, "")),
             notes=[str(note) for note in screen.uns.get(NOTES, [])],
+            gene_notes=[str(note) for note in screen.uns.get(GENE_NOTES, [])],
         )
 
     @property
@@ -150,7 +154,8 @@ def read_screen(source: ScreenSource) -> ad.AnnData:
         ``cell_metadata``; ``var`` unique gene symbols with ``gene_id``; where the file has guide
         features, ``obsm["guide_counts"]`` ``(cells, guides)`` CSR and ``uns["guide_names"]``; where guides
         were called elsewhere, ``obsm["called_guides"]`` and ``uns["called_guide_names"]``;
-        ``uns["notes"]`` what had to be decided on the way.
+        ``uns["notes"]`` what had to be decided on the way, ``uns["gene_notes"]`` what of it is about
+        names of genes.
 
     Raises
     ------
@@ -171,7 +176,7 @@ def read_screen(source: ScreenSource) -> ad.AnnData:
         screen.uns[LEFT_OUT] = opened.left_out
     if opened.sample_column:
         screen.uns[SAMPLE_COLUMN] = opened.sample_column
-    screen.uns[NOTES] = opened.notes
+    screen.uns[NOTES], screen.uns[GENE_NOTES] = opened.notes, opened.gene_notes
     return screen
 
 
@@ -384,7 +389,10 @@ def _split_features(
         )
     for other in sorted(set(types[~is_gene & ~is_guide])):
         notes.append(f"{int((types == other).sum())} features of type {other!r} left out")
-    screen = RawScreen(counts, obs, gene_names(var.loc[is_gene], notes), notes=notes)
+    of_genes: list[str] = []
+    genes = gene_names(var.loc[is_gene], of_genes)
+    notes += of_genes
+    screen = RawScreen(counts, obs, genes, notes=notes, gene_notes=of_genes)
     if not is_gene.all():
         screen.genes = np.flatnonzero(is_gene)
     if is_guide.any():
