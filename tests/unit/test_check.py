@@ -258,6 +258,56 @@ def test_all_problems_are_told_at_once(folder, capsys):
     assert len(problems) == len(expected)
 
 
+def test_labels_that_the_separator_does_not_split_are_named(folder):
+    write_table(separator="", networks="net.tsv")
+    report = check_config(config())
+    said = report["datasets"]["mine"]
+    assert said["combinations"] == 0
+    assert said["join"] == "_"
+    assert said["unsplit"] == dict.fromkeys(
+        ("GATA1_CEBPA", "JAK2_KLF1", "MYC_KLF1", "SGK1_TP53", "TP53_MYC"), 12
+    )
+    text = " ".join(as_text(report).split())
+    assert "taken as single genes: 5: GATA1_CEBPA 12" in text
+    assert "if they are combinations, set `separator` to _" in text
+
+
+def test_labels_that_cannot_be_read_are_one_problem(folder):
+    label = labels()
+    label[label == "GATA1g1"], label[label == "JAK2g1"] = "GATA1+odd", "JAK2+odd"
+    write_screen("screen.h5ad", label, lane="a", line="K562")
+    (problem,) = check_config(config(schemes=["perturbation"]))["problems"]
+    assert "found 2 that cannot be read: GATA1+odd (12 cells), JAK2+odd (12 cells)" in problem
+
+
+def test_guides_that_were_called_elsewhere_are_understood_before_the_run(folder):
+    screen = ad.read_h5ad("screen.h5ad")
+    write_10x(folder / "run", screen)
+    label = labels()
+    guides = pd.Series(label, index=screen.obs_names)[: -CELLS["unassigned"]].str.replace("_", "g1|")
+    calls = pd.DataFrame({"cell_barcode": guides.index, "feature_call": guides.to_numpy()})
+    calls.to_csv("calls.csv", index=False)
+    known = sorted({guide for call in guides for guide in call.split("|")})
+    targets = ["control" if guide == "ctrl" else guide.split("g")[0] for guide in known]
+    pd.DataFrame({"guide": known, "target": targets}).to_csv("guides.csv", index=False)
+    write_table(source="run", perturbation_column="", guide_calls="calls.csv", guide_table="guides.csv",
+                batch_column="", cell_type_column="", networks="net.tsv")  # fmt: skip
+    settings = config()["preprocess"] | {"guide_assignment": {"method": "threshold"}}
+    report = check_config(config(preprocess=settings, schemes=["perturbation"]))
+    said = report["datasets"]["mine"]
+    assert report["problems"] == []
+    assert said["labels_from"] == "guide calls"
+    assert (said["control_cells"], said["too_few_cells"]) == (60, {"RARE": 3})
+    # As with labels of cells, but CD86 with a control guide is CD86, here as there.
+    assert (said["singles"], said["combinations"]) == (9, 5)
+    assert said["labels"]["no_label"] == [{"raw": "no_guide", "cells": 5}]
+    assert len(said["folds"]["perturbation"]) == 3
+    text = as_text(report)
+    assert said["targets"]["STAT1"] == 2
+    assert "labels: from calls.csv; guides of each target: " in text
+    assert "batches: no `batch_column` and one sample, so one batch" in text
+
+
 def test_mouse_symbols_with_a_human_screen_are_named(folder):
     pd.DataFrame({"gene_a": ["Trp53", "Myc"], "gene_b": ["Klf1", "Gata1"]}).to_csv(
         "net.tsv", sep="\t", index=False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-jobs", action="store_true", help="do not count jobs, which takes seconds")
     parser.add_argument("--cores", "-c", nargs="?", help=argparse.SUPPRESS)  # of the command of a run
     options = parser.parse_args(given)
+    # What the library logs is in the report; without a handler, Python would print its warnings.
+    logging.getLogger("biojepa").addHandler(logging.NullHandler())
     files = [path.resolve() for path in options.configfile]
     if options.directory is not None:
         os.chdir(options.directory)

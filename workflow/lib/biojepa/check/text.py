@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from biojepa.check.screen import CALLS, COUNTS, EARLIER, LISTED, UNKNOWN
+from biojepa.check.screen import CALLS, COUNTS, EARLIER, LABELS, LISTED, UNKNOWN
 from biojepa.download.disk import size_text
 
 WIDTH = 100
@@ -62,8 +63,12 @@ def _parts(facts: Mapping[str, Any]) -> Iterator[str]:
     yield from _labels(facts)
     yield from _perturbations(facts)
     if "batches" in facts:
-        by = f" by {facts['batches_by']}" if facts.get("batches_by") else ""
-        yield f"batches{by}: {len(facts['batches'])}: {_counts(facts['batches'])}"
+        by = facts.get("batches_by")
+        if by == "":
+            yield "batches: no `batch_column` and one sample, so one batch"
+        else:
+            named = f" by {by}" if by else ""
+            yield f"batches{named}: {len(facts['batches'])}: {_counts(facts['batches'])}"
     if alone := facts.get("batches_without_control"):
         yield f"batches without a control cell: {_names(alone)}; paired with controls of all batches"
     if set(facts.get("cell_types", {})) - {"unknown"}:
@@ -90,10 +95,12 @@ def _labels(facts: Mapping[str, Any]) -> Iterator[str]:
     labels = facts.get("labels")
     if labels is None:
         return
-    yield f"labels: {labels['distinct']:,} in the file, understood as {labels['understood']:,}"
+    what = "labels" if origin == LABELS else "guides"
+    known = labels["distinct"] - len(labels["no_label"])
+    yield f"{what}: {known:,} in the file, understood as {labels['understood']:,}"
     yield "  controls: " + (_mapped(labels["controls"]) or "none")
     yield "  most cells: " + (_mapped(labels["top"]) or "none")
-    if labels["changed_top"]:
+    if labels["changed_top"] and origin == LABELS:
         yield f"  rewritten: {labels['changed']:,}, such as {_mapped(labels['changed_top'])}"
     if labels["no_label"]:
         counts = {one["raw"]: one["cells"] for one in labels["no_label"]}
@@ -156,8 +163,12 @@ def _coverage(coverage: Mapping[str, Any]) -> Iterator[str]:
 def _folds(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield the sizes of all folds."""
     for scheme, folds in facts.get("folds", {}).items():
-        sizes = "; ".join(f"fold {f['fold']}: {f['train']} / {f['val']} / {f['test']}" for f in folds)
-        yield f"scheme {scheme}, perturbations for training / validation / test: {sizes or 'none'}"
+        sizes = [(fold["fold"], f"{fold['train']}/{fold['val']}/{fold['test']}") for fold in folds]
+        dealt = []
+        for size, alike in itertools.groupby(sizes, key=lambda pair: pair[1]):
+            names = [str(name) for name, _ in alike]
+            dealt.append(f"fold{'s' if len(names) > 1 else ''} {', '.join(names)}: {size}")
+        yield f"scheme {scheme}, perturbations for training/validation/test: {'; '.join(dealt) or 'none'}"
     if "folds" in facts and not facts["folds"]:
         first = "preprocess has called the guides" if facts.get("labels_from") == COUNTS else "labels are"
         yield f"folds: known once {first}"
