@@ -49,6 +49,7 @@ FOLDS = (0, 1)
 ALL_JOBS = {
     "simulate": 1,
     "preprocess": 1,
+    "qc_report": 1,
     "freeze_split": 2,
     "pair": 2,
     "train": 8,
@@ -187,8 +188,11 @@ def files_below(folder: Path, *ignored: str) -> set[str]:
 def expected_results(trained: Sequence[str] = TRAINED) -> set[str]:
     """List every file below ``results`` that the chain makes of the tiny config."""
     expected = {"index.html", "provenance.json", "provenance/index.json"}
-    expected |= {f"tiny/preprocess/{name}" for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")}
-    expected.add("tiny/preprocess/provenance/preprocess.json")
+    described = ("qc", "perturbations", "guide_calls", "guides_per_cell", "guide_umis", "batches")
+    described += ("distributions",)
+    expected |= {f"tiny/preprocess/{name}.tsv" for name in described}
+    expected |= {f"tiny/preprocess/{name}" for name in ("cells.h5ad", "qc.html")}
+    expected |= {f"tiny/preprocess/provenance/{rule}.json" for rule in ("preprocess", "qc_report")}
     scheme = "tiny/perturbation"
     evaluated = ("metrics.tsv", "summary.tsv", "enrichment.tsv", "strata.tsv", "trust.tsv", "verdict.json")
     evaluated += ("observed.h5ad",)

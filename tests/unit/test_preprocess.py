@@ -6,7 +6,7 @@ import runpy
 import subprocess
 import sys
 import zlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import anndata as ad
@@ -24,6 +24,7 @@ from biojepa.files import sha256_of
 from biojepa.guides import GuideAssignment
 from biojepa.preprocess import (
     PreprocessSettings,
+    Tables,
     preprocess_file,
     preprocess_screen,
     write_preprocessed,
@@ -640,7 +641,8 @@ def test_the_script_writes_what_the_library_finds(tmp_path):
     screen.write_h5ad(path)
     source = {**{name: getattr(SOURCE, name) for name in SOURCE.__dataclass_fields__}, "path": str(path)}
     settings = {"min_cells_per_perturbation": 10, "permutations": 19, "effect_components": 5}
-    outputs = {name: str(tmp_path / "out" / name) for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")}
+    outputs = {"cells": str(tmp_path / "out" / "cells.h5ad")}
+    outputs |= {field.name: str(tmp_path / "out" / f"{field.name}.tsv") for field in fields(Tables)}
     code = f"""
 import runpy
 from types import SimpleNamespace
@@ -655,8 +657,7 @@ for name, end in dict(raw=1, cell_metadata=1, guide_table=1, guide_counts=1, gui
     files._set_name(name, 0 if name == "raw" else 1, end=end)
 snakemake = SimpleNamespace(input=files,
     params=named(source={source!r}, settings={settings!r}),
-    output=named(cells={outputs["cells.h5ad"]!r}, qc={outputs["qc.tsv"]!r},
-                 perturbations={outputs["perturbations.tsv"]!r}, record={str(tmp_path / "record.json")!r}),
+    output=named(**{outputs!r}, record={str(tmp_path / "record.json")!r}),
     log=[{str(tmp_path / "log.txt")!r}], rule="preprocess", wildcards=named(dataset="toy"), config={{}},
     threads=1)
 runpy.run_path({str(SCRIPTS / "preprocess.py")!r}, {{"snakemake": snakemake}}, run_name="__main__")
@@ -664,7 +665,7 @@ runpy.run_path({str(SCRIPTS / "preprocess.py")!r}, {{"snakemake": snakemake}}, r
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    cells = ad.read_h5ad(outputs["cells.h5ad"])
+    cells = ad.read_h5ad(outputs["cells"])
     expected = preprocess_screen(
         read_screen(ScreenSource.from_mapping(source)),
         ScreenSource.from_mapping(source),

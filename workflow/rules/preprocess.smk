@@ -13,6 +13,11 @@ rule preprocess:
         cells="results/{dataset}/preprocess/cells.h5ad",
         qc="results/{dataset}/preprocess/qc.tsv",
         perturbations="results/{dataset}/preprocess/perturbations.tsv",
+        guide_calls="results/{dataset}/preprocess/guide_calls.tsv",
+        guides_per_cell="results/{dataset}/preprocess/guides_per_cell.tsv",
+        guide_umis="results/{dataset}/preprocess/guide_umis.tsv",
+        batches="results/{dataset}/preprocess/batches.tsv",
+        distributions="results/{dataset}/preprocess/distributions.tsv",
         record="results/{dataset}/preprocess/provenance/preprocess.json",
     log:
         "logs/{dataset}/preprocess/preprocess.log",

@@ -6,19 +6,22 @@ log1p of counts per ``target_sum`` of the library size. Per perturbation it desc
 log2 fold change (means per 10,000, Mann-Whitney), the effect size (unbiased squared-Euclidean energy
 distance to control in principal components, permutation test) and the number of changed genes
 (Welch t, Benjamini-Hochberg). That table is a description over all cells; nothing is trained with it.
+Guides, batches and the distributions of cells before and after the filters are described beside it.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from biojepa.jobs import listed, recorded_job
-from biojepa.preprocess import PreprocessSettings, preprocess_file
+from biojepa.preprocess import PreprocessSettings, Tables, preprocess_file
 from biojepa.raw import ScreenSource
 
+WRITTEN = tuple(field.name for field in fields(Tables))
 TABLES = ("cell_metadata", "guide_table", "guide_counts", "guide_calls")
 
 
@@ -27,13 +30,12 @@ def preprocess(
     source: Mapping[str, Any],
     settings: Mapping[str, Any],
     cells: str,
-    qc: str,
-    perturbations: str,
+    tables: Mapping[str, str],
 ) -> None:
-    """Preprocess one screen and write its three files."""
+    """Preprocess one screen and write its cells and tables."""
     screen_source = ScreenSource.from_mapping(source)
     screen_settings = PreprocessSettings.from_mapping(settings)
-    preprocess_file(screen_source, screen_settings, cells, qc, perturbations, checksums)
+    preprocess_file(screen_source, screen_settings, cells, inputs=checksums, **tables)
 
 
 def found_at(
@@ -63,6 +65,5 @@ if __name__ == "__main__":
             source=found_at(snakemake.params.source, raw, tables),
             settings=snakemake.params.settings,
             cells=snakemake.output.cells,
-            qc=snakemake.output.qc,
-            perturbations=snakemake.output.perturbations,
+            tables={name: getattr(snakemake.output, name) for name in WRITTEN},
         )

@@ -55,6 +55,46 @@ PERTURBATION_TABLE_COLUMNS = (
     "flag",
 )
 
+# --- preprocess/guide_calls.tsv, guides_per_cell.tsv, guide_umis.tsv: header alone without guide counts -----
+GUIDE_CALLS_COLUMNS = (
+    "guide",
+    "target",
+    "cells_counted",
+    "umis",
+    "threshold",
+    "cells_called",
+    "cells_assigned",
+    "cells_alone",
+    "signal_weight",
+    "signal_log2_mean",
+    "signal_log2_sd",
+    "background_mean",
+    "background_dispersion",
+    "positive_cells",
+    "expected_false",
+    "expected_missed",
+    "converged",
+    "fallback",
+)
+GUIDES_PER_CELL_COLUMNS = ("status", "n_guides", "cells", "share")
+GUIDE_UMIS_COLUMNS = ("rank", "guide_umis")
+
+# --- preprocess/batches.tsv, distributions.tsv -------------------------------------------------
+BATCHES_COLUMNS = (
+    "metric",
+    "batch",
+    "cells",
+    "cells_kept",
+    "p5",
+    "p25",
+    "median",
+    "p75",
+    "p95",
+    "limit_low",
+    "limit_high",
+)
+DISTRIBUTIONS_COLUMNS = ("metric", "bin_low", "bin_high", "cells", "cells_low_quality", "cells_kept")
+
 # --- pair/split.tsv ---------------------------------------------------------------------------
 SET = "set"
 TRAIN, VAL, TEST = "train", "val", "test"

@@ -24,7 +24,7 @@ from biojepa.contracts import (
     PERTURBATION_TYPE,
 )
 from biojepa.errors import InputError
-from biojepa.guides import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES, GuideAssignment, assign_guides
+from biojepa.guides import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES, GuideAssignment, call_guides
 from biojepa.guides.settings import DOMINANCE, THRESHOLD
 from biojepa.labels import control_names, genes_of, normalize_label
 from biojepa.preprocess.cell_labels import (
@@ -60,12 +60,16 @@ class CellTable:
         What a reader of qc.tsv should know, by filter.
     rules
         What stands in the column threshold of qc.tsv, by filter, where it is not the rule of the settings.
+    guide_calls, guides_per_cell
+        Guides and classes of cells, see :class:`biojepa.guides.GuideCalls`; None where no guides were called.
     """
 
     obs: pd.DataFrame
     missing_filter: str
     notes: dict[str, str] = field(default_factory=dict)
     rules: dict[str, str] = field(default_factory=dict)
+    guide_calls: pd.DataFrame | None = None
+    guides_per_cell: pd.DataFrame | None = None
 
 
 @dataclass
@@ -243,7 +247,8 @@ def _from_guide_counts(
     if names is None:
         names = [] if screen.guide_names is None else [str(name) for name in screen.guide_names]
     targets = guide_targets(names, source)
-    calls = assign_guides(counts, names, targets, settings)
+    called = call_guides(counts, names, targets, settings)
+    calls = called.cells
     obs = pd.DataFrame({PERTURBATION: calls["label"].to_numpy()}, index=screen.obs.index)
     obs[GUIDE_ID] = calls["guide_id"].fillna("").to_numpy()
     obs[STATUS] = calls["status"].to_numpy()
@@ -259,7 +264,7 @@ def _from_guide_counts(
     seen = {gene for label in obs[PERTURBATION].dropna().unique() for gene in genes_of(label)}
     unseen = sorted({gene for label in targets.values() for gene in genes_of(label)} - seen)
     notes = {"no_guide": f"targets without a cell: {', '.join(unseen)}"} if unseen else {}
-    return CellTable(obs, "no_guide", notes)
+    return CellTable(obs, "no_guide", notes, guide_calls=called.guides, guides_per_cell=called.classes)
 
 
 def _from_guide_calls(screen: RawScreen, source: ScreenSource, settings: GuideAssignment) -> CellTable:
@@ -275,6 +280,10 @@ def _from_guide_calls(screen: RawScreen, source: ScreenSource, settings: GuideAs
     top = umis.max(axis=1).toarray().ravel() if umis.shape[1] else np.zeros(len(total))
     table.obs[GUIDE_UMIS] = total
     table.obs[GUIDE_SHARE] = np.divide(top, total, out=np.zeros_like(total), where=total > 0)
+    if table.guide_calls is not None:
+        # What was called elsewhere has UMIs, and no threshold that is known here.
+        table.guide_calls["umis"] = np.asarray(umis.sum(axis=0)).ravel().astype(np.int64)
+        table.guide_calls["threshold"] = pd.array([pd.NA] * len(names), dtype="Int64")
     table.rules = {
         NO_GUIDE: f"called in {Path(source.guide_calls).name or 'the screen'}",
         TOO_MANY_GUIDES: f"≤ {most} guide{'s' if most > 1 else ''}",

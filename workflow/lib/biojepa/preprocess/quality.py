@@ -17,7 +17,8 @@ from scipy.stats import median_abs_deviation
 
 from biojepa.contracts import BATCH, CONTROL, LIBRARY_SIZE, PERTURBATION, QC_COLUMNS
 from biojepa.errors import InputError
-from biojepa.guides import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES
+from biojepa.guides import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES, GuideAssignment
+from biojepa.guides.settings import MIXTURE, THRESHOLD
 from biojepa.labels import genes_of
 from biojepa.preprocess.annotate import N_GENES, PCT_MITO, STATUS, CellTable
 from biojepa.preprocess.settings import PreprocessSettings
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 DOUBLET_SCORE = "doublet_score"
 OFF = "off"
+LIMIT_COLUMNS = ("metric", "batch", "limit_low", "limit_high")
 # Scrublet needs neighbourhoods; below this a batch is left alone.
 MIN_CELLS_FOR_DOUBLETS = 100
 # Entries of the batches that are read together: 0.3 GB.
@@ -36,7 +38,10 @@ DOUBLET_GENES = 2_000
 
 
 class Funnel:
-    """Cells that are left and one row per filter.
+    """Cells that are left, one row per filter, and which filter dropped each of the others.
+
+    ``dropped_by`` ``(cells,)`` is the position of the filter in ``names``, -1 where the cell is left;
+    ``limits`` holds the limits of the filters of quality, see :func:`cell_limits`.
 
     Parameters
     ----------
@@ -48,6 +53,9 @@ class Funnel:
 
     def __init__(self, n_cells: int, left_out: Mapping[str, tuple[int, str]] | None = None) -> None:
         self.keep = np.ones(n_cells, dtype=bool)
+        self.dropped_by = np.full(n_cells, -1, dtype=np.int8)
+        self.names: list[str] = []
+        self.limits = pd.DataFrame(columns=list(LIMIT_COLUMNS))
         self.rows: list[dict[str, object]] = []
         before = n_cells + sum(n for n, _ in (left_out or {}).values())
         for name, (n, note) in (left_out or {}).items():
@@ -59,6 +67,8 @@ class Funnel:
     def drop(self, name: str, threshold: object, bad: np.ndarray, note: str = "") -> None:
         """Drop cells for which ``bad`` ``(cells,)`` holds; each counts for the first filter only."""
         before = int(self.keep.sum())
+        self.dropped_by[self.keep & bad] = len(self.names)
+        self.names.append(name)
         self.keep &= ~bad
         after = int(self.keep.sum())
         row = (name, str(threshold), before, before - after, after, note)
@@ -99,7 +109,7 @@ def filter_cells(screen: RawScreen, cells: CellTable, settings: PreprocessSettin
     calls = settings.guide_assignment
     by_guide = cells.missing_filter == NO_GUIDE
     missing = (status == NO_GUIDE) | ((status == ASSIGNED) & obs[PERTURBATION].isna().to_numpy())
-    rule = f"{calls.method}, ≥ {calls.min_umis} UMIs" if by_guide else "has a label"
+    rule = _rule_of_calls(calls) if by_guide else "has a label"
     rule = cells.rules.get(cells.missing_filter, rule)
     funnel.drop(cells.missing_filter, rule, missing, cells.notes.get(cells.missing_filter, ""))
     if by_guide:
@@ -115,13 +125,67 @@ def filter_cells(screen: RawScreen, cells: CellTable, settings: PreprocessSettin
         funnel.skip("max_pct_mito", no_mito)
     else:
         funnel.drop("max_pct_mito", f"≤ {settings.max_pct_mito:g} %", mito > settings.max_pct_mito)
-    _filter_by_mad(funnel, obs, settings.mad_threshold, no_mito)
+    _filter_by_mad(funnel, obs, settings, no_mito)
     _filter_doublets(funnel, screen, obs, settings)
     filter_small_perturbations(funnel, obs[PERTURBATION], settings.min_cells_per_perturbation, where)
     return funnel
 
 
-def _filter_by_mad(funnel: Funnel, obs: pd.DataFrame, threshold: float | None, no_mito: str) -> None:
+def _rule_of_calls(calls: GuideAssignment) -> str:
+    """Say from what on a guide is called, with every number that decides it."""
+    parts = [calls.method]
+    if calls.method == MIXTURE:
+        parts.append(f"posterior ≥ {calls.min_posterior:g}")
+    parts.append(f"≥ {calls.min_umis} UMIs")
+    if calls.method == MIXTURE and calls.share > 0:
+        parts.append(f"called share ≥ {calls.share:g}")
+    if calls.method == THRESHOLD:
+        parts.append(f"≥ {calls.share:g} of the top guide")
+    return ", ".join(parts)
+
+
+def cell_limits(obs: pd.DataFrame, settings: PreprocessSettings, among: np.ndarray) -> pd.DataFrame:
+    """Return the limits within which a cell of each batch is kept, fixed ones and those by MAD together.
+
+    Parameters
+    ----------
+    obs
+        Of all cells.
+    settings
+        Thresholds.
+    among
+        ``(cells,)`` cells that set the limits by MAD.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``metric`` (a column of ``obs``), ``batch``, ``limit_low``, ``limit_high`` in the unit of the
+        metric; NaN without a limit.
+    """
+    fixed = {
+        LIBRARY_SIZE: (float(settings.min_counts), np.inf),
+        N_GENES: (float(settings.min_genes), np.inf),
+        PCT_MITO: (-np.inf, np.inf if settings.max_pct_mito is None else settings.max_pct_mito),
+    }
+    batches, rows = obs[BATCH].to_numpy(), []
+    for metric, (low, high) in fixed.items():
+        values = obs[metric].to_numpy(dtype=np.float64)
+        if np.isnan(values).all():
+            high = np.inf  # nothing is known, so nothing is dropped
+        logged = metric != PCT_MITO
+        found: dict[object, tuple[float, float]] = {}
+        if settings.mad_threshold is not None:
+            found = mad_limits(np.log1p(values) if logged else values, batches, settings.mad_threshold, among)
+        for batch in pd.unique(batches):
+            below, above = found.get(batch, (-np.inf, np.inf))
+            if logged:
+                below, above = np.expm1(below), np.expm1(above)
+            limits = (max(low, below) if logged else low, min(high, above))
+            rows.append((metric, batch, *(limit if np.isfinite(limit) else np.nan for limit in limits)))
+    return pd.DataFrame(rows, columns=list(LIMIT_COLUMNS))
+
+
+def _filter_by_mad(funnel: Funnel, obs: pd.DataFrame, settings: PreprocessSettings, no_mito: str) -> None:
     """Drop outliers of their batch in library size, genes and mitochondrial share."""
     values = {
         "mad_counts": (np.log1p(obs[LIBRARY_SIZE].to_numpy()), "both"),
@@ -129,6 +193,8 @@ def _filter_by_mad(funnel: Funnel, obs: pd.DataFrame, threshold: float | None, n
         "mad_mito": (obs[PCT_MITO].to_numpy(), "upper"),
     }
     batches = obs[BATCH].to_numpy()
+    funnel.limits = cell_limits(obs, settings, funnel.keep)
+    threshold = settings.mad_threshold
     # All three limits are taken from the same cells, so that their order does not matter.
     outliers = {
         name: np.zeros(len(obs), dtype=bool)
@@ -158,21 +224,30 @@ def mad_outliers(
     no cell is an outlier then. NaN is never an outlier. ``among`` restricts the cells that set the
     limits.
     """
-    among = np.ones(values.size, dtype=bool) if among is None else among
     outlier = np.zeros(values.size, dtype=bool)
+    for batch, (low, high) in mad_limits(values, batches, threshold, among).items():
+        here = batches == batch
+        outlier |= here & (values > high)
+        if side == "both":
+            outlier |= here & (values < low)
+    return outlier
+
+
+def mad_limits(
+    values: np.ndarray, batches: np.ndarray, threshold: float, among: np.ndarray | None = None
+) -> dict[object, tuple[float, float]]:
+    """Return median ± threshold × MAD of each batch; a batch whose MAD is 0, or without values, has none."""
+    among = np.ones(values.size, dtype=bool) if among is None else among
+    limits: dict[object, tuple[float, float]] = {}
     codes, names = pd.factorize(batches)
-    for code in range(len(names)):
-        here = codes == code
-        basis = values[here & among & np.isfinite(values)]
+    for code, name in enumerate(names):
+        basis = values[(codes == code) & among & np.isfinite(values)]
         if not basis.size:
             continue
-        median, spread = np.median(basis), median_abs_deviation(basis)
-        if spread == 0:
-            continue
-        outlier |= here & (values > median + threshold * spread)
-        if side == "both":
-            outlier |= here & (values < median - threshold * spread)
-    return outlier
+        median, spread = float(np.median(basis)), float(median_abs_deviation(basis))
+        if spread > 0:
+            limits[name] = (median - threshold * spread, median + threshold * spread)
+    return limits
 
 
 def _filter_doublets(

@@ -1,4 +1,4 @@
-"""The preprocess stage as one call, and how its three files are written."""
+"""The preprocess stage as one call, and how its files are written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from biojepa.contracts import (
     CELL_TYPE,
     CELLS_OBS,
     COUNTS_LAYER,
+    GUIDE_CALLS_COLUMNS,
     GUIDE_ID,
+    GUIDES_PER_CELL_COLUMNS,
     LIBRARY_SIZE,
     PERTURBATION,
     PERTURBATION_TYPE,
@@ -34,6 +36,7 @@ from biojepa.preprocess.annotate import (
     PCT_MITO,
     annotate_cells,
 )
+from biojepa.preprocess.cell_tables import batch_table, distribution_table, or_empty, ranked_umis
 from biojepa.preprocess.effects import Effects
 from biojepa.preprocess.normalize import log_normalize, require_library_sizes
 from biojepa.preprocess.quality import DOUBLET_SCORE, count_detected, filter_cells, filter_genes
@@ -47,6 +50,31 @@ PACKAGES = ("anndata", "h5py", "numpy", "pandas", "scikit-learn", "scipy")
 
 
 @dataclass
+class Tables:
+    """Tables of the preprocess stage, each called after its file. Descriptive, used by no training.
+
+    Parameters
+    ----------
+    qc
+        One row per filter.
+    perturbations
+        One row per perturbation, over all its cells.
+    guide_calls, guides_per_cell, guide_umis
+        Guides, outcome classes of cells, and ranked guide UMIs; without rows where no guides were counted.
+    batches, distributions
+        Quality of the cells of each batch, and of all, before and after the filters.
+    """
+
+    qc: pd.DataFrame
+    perturbations: pd.DataFrame
+    guide_calls: pd.DataFrame
+    guides_per_cell: pd.DataFrame
+    guide_umis: pd.DataFrame
+    batches: pd.DataFrame
+    distributions: pd.DataFrame
+
+
+@dataclass
 class Preprocessed:
     """What the preprocess stage hands on.
 
@@ -54,15 +82,22 @@ class Preprocessed:
     ----------
     cells
         Cells that passed, as the contract describes ``cells.h5ad``.
-    qc
-        Rows of qc.tsv.
-    perturbations
-        Rows of perturbations.tsv: descriptive, over all cells, used by no training.
+    tables
+        What is written beside them.
     """
 
     cells: ad.AnnData
-    qc: pd.DataFrame
-    perturbations: pd.DataFrame
+    tables: Tables
+
+    @property
+    def qc(self) -> pd.DataFrame:
+        """Rows of qc.tsv."""
+        return self.tables.qc
+
+    @property
+    def perturbations(self) -> pd.DataFrame:
+        """Rows of perturbations.tsv."""
+        return self.tables.perturbations
 
 
 def preprocess_screen(
@@ -91,8 +126,8 @@ def preprocess_screen(
     """
     with TemporaryDirectory() as folder:
         path = Path(folder) / "cells.h5ad"
-        qc, perturbations = write_cells(screen, source, settings, path, inputs)
-        return Preprocessed(ad.read_h5ad(path), qc, perturbations)
+        tables = write_cells(screen, source, settings, path, inputs)
+        return Preprocessed(ad.read_h5ad(path), tables)
 
 
 def write_cells(
@@ -101,7 +136,7 @@ def write_cells(
     settings: PreprocessSettings,
     path: str | Path,
     inputs: Mapping[str, str] | None = None,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+) -> Tables:
     """Label, filter, normalize and describe a screen of any size, and write ``cells.h5ad``.
 
     The counts are read three times, in blocks of cells: for sums over the genes of each cell, for the cells
@@ -118,7 +153,7 @@ def write_cells(
 
     Returns
     -------
-    Rows of qc.tsv and of perturbations.tsv.
+    The tables that go beside it.
 
     Raises
     ------
@@ -150,7 +185,15 @@ def write_cells(
             obs[name] = flag
         uns = {"provenance": provenance(source, settings, inputs or {}, screen.notes)}
         file.finish(obs, var, uns)
-    return funnel.table(), perturbations
+    return Tables(
+        qc=funnel.table(),
+        perturbations=perturbations,
+        guide_calls=or_empty(table.guide_calls, GUIDE_CALLS_COLUMNS),
+        guides_per_cell=or_empty(table.guides_per_cell, GUIDES_PER_CELL_COLUMNS),
+        guide_umis=ranked_umis(table.obs.get(GUIDE_UMIS)),
+        batches=batch_table(table.obs, funnel),
+        distributions=distribution_table(table.obs, funnel),
+    )
 
 
 def _kept(screen: RawScreen, keep: np.ndarray, genes: np.ndarray) -> Iterator[sparse.csr_matrix]:
@@ -196,16 +239,21 @@ def provenance(
 
 
 def write_preprocessed(
-    result: Preprocessed, cells: str | Path, qc: str | Path, perturbations: str | Path
+    result: Preprocessed, cells: str | Path, qc: str | Path, perturbations: str | Path, **others: str | Path
 ) -> None:
-    """Write cells.h5ad, qc.tsv and perturbations.tsv; the same result gives the same bytes."""
+    """Write cells.h5ad, qc.tsv, perturbations.tsv and, by name, other tables; equal results, equal bytes."""
     counts = sparse.csr_matrix(result.cells.layers[COUNTS_LAYER])
     with cells_file(cells, counts.shape, counts.nnz) as file:
         file.append(sparse.csr_matrix(result.cells.X), counts)
         file.expression()
         file.finish(result.cells.obs, result.cells.var, dict(result.cells.uns))
-    write_tsv(result.qc, qc)
-    write_tsv(result.perturbations, perturbations)
+    _write_tables(result.tables, {"qc": qc, "perturbations": perturbations, **others})
+
+
+def _write_tables(tables: Tables, paths: Mapping[str, str | Path]) -> None:
+    """Write the tables that ``paths`` names."""
+    for name, path in paths.items():
+        write_tsv(getattr(tables, name), path)
 
 
 def preprocess_file(
@@ -215,14 +263,23 @@ def preprocess_file(
     qc: str | Path,
     perturbations: str | Path,
     inputs: Mapping[str, str] | None = None,
+    **others: str | Path,
 ) -> None:
-    """Preprocess the screen that ``source`` names, whatever its size, and write its three files.
+    """Preprocess the screen that ``source`` names, whatever its size, and write its files.
 
     Temporary files, where a matrix has to be put into rows, lie beside ``cells`` and are removed.
+
+    Parameters
+    ----------
+    source, settings, inputs
+        As in :func:`preprocess_screen`.
+    cells, qc, perturbations
+        Where to write.
+    others
+        Where to write other fields of :class:`Tables`, by name; those not named are not written.
     """
     folder = Path(cells).parent
     folder.mkdir(parents=True, exist_ok=True)
     with open_screen(source, folder) as screen:
-        filters, described = write_cells(screen, source, settings, cells, inputs)
-    write_tsv(filters, qc)
-    write_tsv(described, perturbations)
+        described = write_cells(screen, source, settings, cells, inputs)
+    _write_tables(described, {"qc": qc, "perturbations": perturbations, **others})
