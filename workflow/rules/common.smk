@@ -378,6 +378,16 @@ def get_evaluated_folds(name):
     ]
 
 
+def qc_pages(datasets):
+    """Pages of quality control; of an archive, those that it still holds."""
+    return kept([f"results/{dataset}/preprocess/qc.html" for dataset in datasets])
+
+
+def qc_page(dataset, folder):
+    """Address of that page from a folder of results; empty where an archive lacks it."""
+    return f"{folder}{dataset}/preprocess/qc.html" if qc_pages([dataset]) else ""
+
+
 def evaluations():
     return of_all_splits("evaluate/summary.tsv")
 

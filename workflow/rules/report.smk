@@ -70,6 +70,7 @@ rule report:
         ),
         histories=lambda wildcards: shown_trainings(wildcards.dataset, wildcards.split),
         settings=lambda wildcards: CONFIG.resolved(wildcards.dataset),
+        qc_page=lambda wildcards: qc_page(wildcards.dataset, "../../"),
         library=library("report"),
     script:
         "../scripts/report.py"
@@ -102,6 +103,7 @@ rule unevaluated:
         schemes=SCHEMES,
         predicts=CONFIG.predict is not None,
         settings=lambda wildcards: CONFIG.resolved(wildcards.dataset),
+        qc_page=lambda wildcards: qc_page(wildcards.dataset, "../../"),
         library=library("unevaluated"),
     script:
         "../scripts/unevaluated.py"
@@ -131,12 +133,18 @@ rule index:
                 "dataset": dataset,
                 "split": split,
                 "confidence": CONFIG.settings(dataset, "evaluate")["confidence"],
+                "qc_page": qc_page(dataset, ""),
             }
             for dataset in DATASETS
             for split in SCHEMES
         ],
         unevaluated=[
-            {"dataset": dataset, "split": NO_SPLIT} for dataset in unevaluated()
+            {
+                "dataset": dataset,
+                "split": NO_SPLIT,
+                "qc_page": qc_page(dataset, ""),
+            }
+            for dataset in unevaluated()
         ],
         library=library("index"),
     script:
@@ -147,6 +155,7 @@ rule provenance:
     """Record versions, commit, resolved config, checksums and run times of all results."""
     input:
         reports=reports(),
+        qc_pages=qc_pages(DATASETS),
         splits=folds_of_all("pair/split.json"),
         metrics=of_all_splits("evaluate/metrics.tsv"),
         index="results/index.html",

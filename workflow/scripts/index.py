@@ -34,11 +34,15 @@ def main(snakemake) -> None:
                 verdict=json.loads(Path(verdict).read_text(encoding="utf-8")),
                 confidence=record["confidence"],
                 href=Path(os.path.relpath(page, folder)).as_posix(),
+                qc_href=record["qc_page"],
             )
         )
     unevaluated = [
         UnevaluatedEntry(
-            record["dataset"], record["split"], f"{record['dataset']}/{record['split']}/report.html"
+            record["dataset"],
+            record["split"],
+            f"{record['dataset']}/{record['split']}/report.html",
+            record["qc_page"],
         )
         for record in snakemake.params.unevaluated
     ]

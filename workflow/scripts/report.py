@@ -57,6 +57,7 @@ def main(snakemake) -> None:
         provenance=params.get("provenance")
         or environment() | {"inputs": inputs_from_outside(source, results)},
         page=Path(snakemake.output.html),
+        qc_page=params.get("qc_page", ""),
     )
     write_text(build_report(inputs), snakemake.output.html)
     write_tsv(headline_frame(inputs), snakemake.output.headline)

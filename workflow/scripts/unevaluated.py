@@ -30,6 +30,7 @@ def main(snakemake) -> None:
         ],
         reports={scheme: f"../{scheme}/report.html" for scheme in params.schemes},
         predictions="../predict/predictions.tsv" if params.predicts else None,
+        qc_page=params.qc_page,
         settings=params.settings,
         provenance=environment(),
     )

@@ -22,29 +22,35 @@ def map_embedding(
     Columns ``cell``, ``umap_1``, ``umap_2``, ``perturbation``, ``set`` (control, train, val, test),
     ``batch``, in the order of the file; without the cells of labels that the fold leaves out.
     """
-    # Imported here because numba takes seconds to start, and no other module needs it.
-    import umap
-
     embeddings = ad.read_h5ad(embeddings_path)
     split = read_split(split_path).set_index(PERTURBATION)[SET]
     rng = np.random.default_rng(seed)
     size = min(max_cells, embeddings.n_obs)
     chosen = np.sort(rng.choice(embeddings.n_obs, size=size, replace=False))
     shown = embeddings[chosen]
-    neighbours = min(15, size - 1)
-    layout = umap.UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(
-        shown.obsm[EMBEDDING]
-    )
+    places = layout(shown.obsm[EMBEDDING], seed)
     labels = pd.Series(cell_labels(shown.obs, read_facts(split_path)))
     sets = labels.map(split).mask(labels == CONTROL, CONTROL)
     table = pd.DataFrame(
         {
             "cell": shown.obs_names,
-            "umap_1": layout[:, 0],
-            "umap_2": layout[:, 1],
+            "umap_1": places[:, 0],
+            "umap_2": places[:, 1],
             PERTURBATION: labels.to_numpy(),
             SET: sets.to_numpy(),
             BATCH: shown.obs[BATCH].astype(str).to_numpy(),
         }
     )
     return table[sets.notna().to_numpy()]
+
+
+def layout(points: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Lay points ``(n, d)`` out in two dimensions ``(n, 2)`` by UMAP (McInnes et al. 2018).
+
+    The same points and seed give the same layout on the same machine.
+    """
+    # Imported here because numba takes seconds to start, and no other module needs it.
+    import umap
+
+    neighbours = min(15, len(points) - 1)
+    return umap.UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(points)

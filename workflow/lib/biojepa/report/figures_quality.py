@@ -14,17 +14,21 @@ from biojepa.report.figures import MAX_POINTS, Caption, Figure, escape, evenly, 
 from biojepa.report.inputs import ReportInputs
 from biojepa.report.tables import format_count, format_percent
 
+# Letters of a threshold beside its bar.
+MAX_RULE = 34
+
 
 def quality_figures(inputs: ReportInputs) -> list[Figure]:
     """Draw the cells lost per filter, cells per perturbation, on-target effects and effect sizes."""
-    figures = [_funnel_figure(inputs.qc)]
+    figures = [funnel_figure(inputs.qc)]
     table = inputs.perturbations
     if len(table):
-        figures += [_cells_figure(inputs), _on_target_figure(table), _effect_figure(table)]
+        figures += [_cells_figure(inputs), on_target_figure(table), effect_figure(table)]
     return [figure for figure in figures if figure is not None]
 
 
-def _funnel_figure(qc: pd.DataFrame) -> Figure | None:
+def funnel_figure(qc: pd.DataFrame) -> Figure | None:
+    """Draw the cells left after each filter and those that it removed, as in ``qc.tsv``."""
     rows = qc.dropna(subset=["cells_after"])
     if rows.empty:
         return None
@@ -32,6 +36,11 @@ def _funnel_figure(qc: pd.DataFrame) -> Figure | None:
     after = [rows["cells_before"].iloc[0], *rows["cells_after"]]
     removed = [0, *rows["cells_removed"]]
     labels = [escape(name.replace("_", " ")) for name in names]
+    rules = ["", *rows["threshold"].fillna("").astype(str)]
+    labels = [
+        f'{label}<br><span style="font-size:10px">{escape(_short(rule))}</span>' if rule else label
+        for label, rule in zip(labels, rules, strict=True)
+    ]
     spec = {
         "data": [
             {
@@ -82,7 +91,12 @@ def _funnel_figure(qc: pd.DataFrame) -> Figure | None:
         misleads="A cell is counted at the first filter that removes it, so the order decides which filter "
         "gets the blame.",
     )
-    return Figure("funnel", {"": spec}, caption, height=110 + 30 * len(names))
+    return Figure("funnel", {"": spec}, caption, height=110 + 34 * len(names))
+
+
+def _short(rule: str) -> str:
+    """Return a threshold that fits beside a bar; the table of filters has the whole of it."""
+    return rule if len(rule) <= MAX_RULE else rule[: MAX_RULE - 1].rstrip(" ,") + "…"
 
 
 def _test_sets(inputs: ReportInputs) -> set[str]:
@@ -163,7 +177,8 @@ def on_target_points(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["perturbation", "gene", "log2fc", "p"])
 
 
-def _on_target_figure(table: pd.DataFrame) -> Figure | None:
+def on_target_figure(table: pd.DataFrame) -> Figure | None:
+    """Draw the change of each measured target against its p-value, as in ``perturbations.tsv``."""
     points = on_target_points(table)
     if points.empty:
         return None
@@ -212,7 +227,8 @@ def _on_target_figure(table: pd.DataFrame) -> Figure | None:
     return Figure("on-target", {"": {"data": data, "layout": layout}}, caption, height=360)
 
 
-def _effect_figure(table: pd.DataFrame) -> Figure | None:
+def effect_figure(table: pd.DataFrame) -> Figure | None:
+    """Draw the effect size of each perturbation against its cells, as in ``perturbations.tsv``."""
     rows = table[table["perturbation"] != contracts.CONTROL].dropna(subset=["effect_size", "n_cells"])
     if rows.empty:
         return None

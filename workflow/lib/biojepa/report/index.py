@@ -40,7 +40,8 @@ _SHORT = {
 class IndexEntry:
     """One evaluated dataset and split: its summary table, its verdict and where its report lies.
 
-    ``href`` is relative to the index; ``confidence`` is the level of the intervals.
+    ``href`` and ``qc_href``, where its quality control lies, are relative to the index; ``confidence`` is the
+    level of the intervals.
     """
 
     dataset: str
@@ -49,6 +50,7 @@ class IndexEntry:
     verdict: dict[str, Any]
     href: str
     confidence: float = EvaluationSettings.confidence
+    qc_href: str = ""
 
     def __post_init__(self) -> None:
         require_columns(
@@ -67,11 +69,12 @@ class IndexEntry:
 
 @dataclass(frozen=True)
 class UnevaluatedEntry:
-    """One dataset whose models were trained on everything; ``href`` is relative to the index."""
+    """One dataset whose models were trained on everything; addresses are relative to the index."""
 
     dataset: str
     split: str
     href: str
+    qc_href: str = ""
 
 
 def build_index(

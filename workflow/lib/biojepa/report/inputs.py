@@ -78,6 +78,8 @@ class ReportInputs:
         Checks for leakage: ``check``, ``passed``, ``detail``, ``kind``.
     downloads
         Tables beside the report: ``label``, ``href`` (relative).
+    qc_page
+        Address of the page of quality control, relative; empty where there is none.
 
     Raises
     ------
@@ -110,6 +112,7 @@ class ReportInputs:
     sentinels: list[dict[str, Any]] = field(default_factory=list)
     downloads: list[dict[str, str]] = field(default_factory=list)
     main_model: str = "biojepa"
+    qc_page: str = ""
 
     def __post_init__(self) -> None:
         required = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,10 +74,16 @@ SECTIONS = (
 
 
 @cache
-def environment() -> Environment:
-    """Return the template environment: everything is escaped unless it is marked as safe here."""
+def environment(folder: Path = FOLDER) -> Environment:
+    """Return the template environment: everything is escaped unless it is marked as safe here.
+
+    Parameters
+    ----------
+    folder
+        Of the page's own templates, styles and scripts; those of the report are found besides.
+    """
     env = Environment(
-        loader=FileSystemLoader(FOLDER),
+        loader=FileSystemLoader(list(dict.fromkeys((folder, FOLDER)))),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -90,14 +97,18 @@ def environment() -> Environment:
         plain=plain_value,
         sentence=figures.sentence,
     )
-    env.globals["asset"] = asset
+    env.globals["asset"] = partial(asset, folder=folder)
     return env
 
 
 @cache
-def asset(name: str) -> Markup:
-    """Return a style sheet or script of this package, to be written into the page as it is."""
-    text = get_plotlyjs() if name == "plotly.js" else (FOLDER / name).read_text(encoding="utf-8")
+def asset(name: str, folder: Path = FOLDER) -> Markup:
+    """Return a style sheet or script of a page or of the report, to be written into the page as it is."""
+    if name == "plotly.js":
+        text = get_plotlyjs()
+    else:
+        path = folder / name
+        text = (path if path.exists() else FOLDER / name).read_text(encoding="utf-8")
     # Inside a script, <\/script is the same string literal and does not end the element.
     return Markup(text.replace("</script", "<\\/script"))
 
@@ -131,13 +142,7 @@ def build_report(inputs: ReportInputs) -> str:
     drawings["trust"] = expected["figures"] if expected else []
     drawn = [figure for group in drawings.values() for figure in group]
     data = {
-        "figures": {
-            figure.key: {
-                "options": [[label, spec] for label, spec in figure.options.items()],
-                "height": figure.height,
-            }
-            for figure in drawn
-        },
+        "figures": figure_data(drawn),
         "explorer": explorer_data(inputs),
     }
     shown: dict[str, Any] = {
@@ -159,8 +164,8 @@ def build_report(inputs: ReportInputs) -> str:
         "trust": expected,
         "data": embedded_json(data),
         "qc_columns": list(inputs.qc.columns),
-        "qc_rows": _records(inputs.qc),
-        "flags": _flags(inputs.perturbations),
+        "qc_rows": table_rows(inputs.qc),
+        "flags": count_flags(inputs.perturbations),
         "coverage": tables.coverage_of_sources(inputs.coverage),
         "curve_key": figures_training.curve_key(inputs),
         "methods": methods_text(inputs),
@@ -178,6 +183,17 @@ def build_report(inputs: ReportInputs) -> str:
     return page
 
 
+def figure_data(drawn: Iterable[figures.Figure]) -> dict[str, Any]:
+    """Return what the page's script draws, by the key of each figure."""
+    return {
+        figure.key: {
+            "options": [[label, spec] for label, spec in figure.options.items()],
+            "height": figure.height,
+        }
+        for figure in drawn
+    }
+
+
 def _drawings(inputs: ReportInputs) -> dict[str, list[figures.Figure]]:
     by_category = figures.category_figure(inputs)
     return {
@@ -191,7 +207,7 @@ def _drawings(inputs: ReportInputs) -> dict[str, list[figures.Figure]]:
     }
 
 
-def _records(table: pd.DataFrame) -> list[list[str]]:
+def table_rows(table: pd.DataFrame) -> list[list[str]]:
     """Return the rows of a table as text: counts grouped, missing values as a dash."""
     columns = []
     for column in table.columns:
@@ -203,7 +219,7 @@ def _records(table: pd.DataFrame) -> list[list[str]]:
     return [list(row) for row in zip(*columns, strict=True)] if columns else []
 
 
-def _flags(perturbations: pd.DataFrame) -> list[tuple[str, int]]:
+def count_flags(perturbations: pd.DataFrame) -> list[tuple[str, int]]:
     """Count the flags of the perturbation table, several of which may share a cell."""
     counts: dict[str, int] = {}
     for cell in perturbations["flag"].dropna().astype(str):

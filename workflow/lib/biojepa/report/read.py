@@ -86,6 +86,7 @@ def read_report(
     settings: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
     page: Path | None = None,
+    qc_page: str = "",
 ) -> ReportInputs:
     """Read everything that a report shows.
 
@@ -99,6 +100,8 @@ def read_report(
         Shown as they are under *Methods*.
     page
         Where the report will lie; links to the tables are relative to it.
+    qc_page
+        Address of the page of quality control, relative to the report; empty where there is none.
 
     Returns
     -------
@@ -154,6 +157,7 @@ def read_report(
         sentinels=[*verdict.get("sentinels", []), *_sentinels(truth, metrics, splits, files)],
         downloads=_downloads(files, page) if page else [],
         main_model=main_model,
+        qc_page=qc_page,
     )
     logger.info("%s, %s: %d models, %d profiles", dataset, split, len(inputs.models), len(inputs.profiles))
     return inputs

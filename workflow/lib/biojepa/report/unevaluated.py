@@ -30,6 +30,8 @@ class UnevaluatedInputs:
         Scheme to the address of its report, relative to the page, of the schemes that hold something out.
     predictions
         Address of the table of predictions, relative to the page; ``None`` where none are asked for.
+    qc_page
+        Address of the page of quality control, relative to the page; empty where there is none.
     settings, provenance
         For the record.
 
@@ -44,6 +46,7 @@ class UnevaluatedInputs:
     trainings: Sequence[Mapping[str, Any]]
     reports: Mapping[str, str] = field(default_factory=dict)
     predictions: str | None = None
+    qc_page: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
