@@ -85,10 +85,25 @@ def batch_table(obs: pd.DataFrame, funnel: Funnel) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(BATCHES_COLUMNS))
 
 
+def _edges(metric: str, low: float, high: float) -> np.ndarray:
+    """Return the ends of at most ``BINS`` bins from ``low`` to ``high``, or a little beyond."""
+    if metric == N_GENES:
+        # Bins of as many whole numbers each; else some would hold one more than others, and stand out.
+        width = np.ceil((high - low + 1) / BINS)
+        return low + width * np.arange(np.ceil((high - low + 1) / width) + 1)
+    if low == high:
+        return np.array([low, low + 1])
+    edges = np.linspace(low, high, BINS + 1)
+    if metric == LIBRARY_SIZE:
+        edges = np.expm1(np.linspace(np.log1p(low), np.log1p(high), BINS + 1))
+        edges[[0, -1]] = low, high  # as they are, not as logarithms leave them
+    return edges
+
+
 def distribution_table(obs: pd.DataFrame, funnel: Funnel) -> pd.DataFrame:
     """Return histograms of all cells, of those dropped for their quality and of those kept.
 
-    Bins of counts and genes are even on a log scale; a metric that is known of no cell has no rows.
+    Bins of counts are even on a log scale; a metric that is known of no cell has no rows.
     """
     _, poor = _outcomes(funnel)
     tables = []
@@ -98,13 +113,7 @@ def distribution_table(obs: pd.DataFrame, funnel: Funnel) -> pd.DataFrame:
         if not known.any():
             continue
         low, high = values[known].min(), values[known].max()
-        if metric in (LIBRARY_SIZE, N_GENES):
-            edges = np.expm1(np.linspace(np.log1p(low), np.log1p(high), BINS + 1))
-        else:
-            edges = np.linspace(low, high, BINS + 1)
-        edges[[0, -1]] = low, high  # as they are, not as logarithms leave them
-        if low == high:
-            edges = np.array([low, low + 1])
+        edges = _edges(metric, low, high)
         tables.append(
             pd.DataFrame(
                 {

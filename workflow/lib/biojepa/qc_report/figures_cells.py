@@ -16,27 +16,27 @@ from biojepa.report.tables import format_count, format_number, format_percent
 # Title, unit of the axis, whether the axis is logarithmic, and what to look for.
 METRICS = {
     contracts.LIBRARY_SIZE: (
-        "UMIs of a cell",
+        "UMIs",
         "UMIs",
         True,
         "One hump whose tails are cut. A limit in the middle of a hump, or a second hump of small cells that "
         "is kept, is the thing to mend.",
     ),
     "n_genes": (
-        "Detected genes of a cell",
+        "Detected genes",
         "genes",
-        True,
+        False,
         "As for UMIs. Many cells just above the lower limit are empty droplets that passed.",
     ),
     "pct_mito": (
-        "Mitochondrial share of a cell",
+        "Mitochondrial share",
         "% of UMIs",
         False,
         "A hump at a few percent with a thin tail. A limit that cuts the hump loses healthy cells; cell "
         "types differ in how much is normal.",
     ),
     "doublet_score": (
-        "Doublet score of a cell",
+        "Doublet score",
         "Scrublet score",
         False,
         "A small second hump to the right, cut off where doublets are called. Without one, Scrublet could "
@@ -46,6 +46,7 @@ METRICS = {
 # Batches drawn, and batches whose limits are drawn one by one.
 MAX_BATCHES, MAX_LIMITS = 40, 6
 MAX_GUIDES = 2_000
+LIMITS = {"limit_low": "lower limit", "limit_high": "upper limit"}
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"}
 
 
@@ -67,7 +68,8 @@ def _distribution_figure(inputs: QcInputs, metric: str) -> Figure:
     low, high = _limits(rows)
     caption = Caption(
         title=title,
-        shows="All cells (grey), those with one perturbation (orange) and those kept (blue); dotted: limits. "
+        shows="Cells kept (blue), of poor quality (orange), and without one perturbation (grey); dotted: "
+        "limits. "
         + ("Batch by batch: quartiles, 5th and 95th percentile before the filters." if len(rows) > 1 else ""),
         read=look,
         n=f"{format_count(n)} cells, {format_count(kept)} kept, {format_count(poor)} of poor quality"
@@ -77,8 +79,8 @@ def _distribution_figure(inputs: QcInputs, metric: str) -> Figure:
             else ""
         ),
         thresholds=_limits_told(low, high, unit),
-        misleads="Grey cells were dropped for lack of one perturbation, or because theirs has too few cells; "
-        "what is orange was dropped for any filter of quality, not only for this one.",
+        misleads="Orange cells were dropped by any filter of quality, not only by this one. Grey ones have "
+        "no perturbation, several, or one with too few cells.",
     )
     return Figure(f"distribution-{metric}", options, caption, height=320, selector="Show")
 
@@ -93,7 +95,10 @@ def _limits_told(low: np.ndarray, high: np.ndarray, unit: str) -> str:
     parts = []
     for values, word in ((low, "at least"), (high, "at most")):
         if len(values):
-            ends = dict.fromkeys(format_number(value, 0 if value >= 20 else 1) for value in values[[0, -1]])
+            ends = dict.fromkeys(
+                format_count(round(value)) if value >= 20 else format_number(value, 1)
+                for value in values[[0, -1]]
+            )
             parts.append(f"{word} {' to '.join(ends)} {unit}" + (", by batch" if len(ends) > 1 else ""))
     return "; ".join(parts) or "none by limits of this metric alone"
 
@@ -109,29 +114,41 @@ def _histogram(bins: pd.DataFrame, rows: pd.DataFrame, unit: str, logged: bool) 
         bins = bins[bins["bin_high"] > 1]
         bins = bins.assign(bin_low=bins["bin_low"].clip(lower=1))
     layers = (
-        ("all cells", bins["cells"], "@negative"),
-        ("with one perturbation", bins["cells_kept"] + bins["cells_low_quality"], "@main"),
+        ("without one perturbation", bins["cells"], "@negative"),
+        ("of poor quality", bins["cells_kept"] + bins["cells_low_quality"], "@main"),
         ("kept", bins["cells_kept"], "@baseline"),
     )
+    # Areas lie upon each other, so that of each its own part is seen; that is what hovering tells.
+    own = [bins["cells"] - layers[1][1], bins["cells_low_quality"], bins["cells_kept"]]
     data = []
-    for name, cells, color in layers:
+    for (name, cells, color), part in zip(layers, own, strict=True):
         x, y = _steps(bins, cells)
         data.append(
             {
                 "type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "fill": "tozeroy",
                 "line": {"shape": "hv", "width": 1, "color": color}, "fillcolor": color,
-                "hovertemplate": "%{y:,} cells from %{x:,.4g} " + unit + "<extra>" + name + "</extra>",
+                "customdata": [*(int(n) for n in part), 0],
+                "hovertemplate": "%{customdata:,} cells",
             }
         )  # fmt: skip
     shapes = []
     for values in _limits(rows):
         drawn = values if len(values) <= MAX_LIMITS else values[[0, -1]]
         shapes += [{**line(float(value), "x"), "layer": "above"} for value in drawn]
-    axis: Spec = {"title": {"text": unit}, "showgrid": False}
+    axis: Spec = {"title": {"text": unit}, "showgrid": False, "hoverformat": ",.4g"}
     if logged:
-        axis |= {"type": "log", "dtick": 1}
+        axis |= log_axis(bins["bin_low"].min(), bins["bin_high"].max())
     layout = {"legend": LEGEND, "xaxis": axis, "yaxis": {"title": {"text": "cells"}, "rangemode": "tozero"}}
     return {"data": data, "layout": {**layout, "shapes": shapes, "hovermode": "x unified"}}
+
+
+def log_axis(low: float, high: float) -> Spec:
+    """Return a logarithmic axis with ticks at 1, 2 and 5 times the powers of ten, fewer over many decades."""
+    low, high = max(float(low), 1.0), max(float(high), 2.0)
+    decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    steps = [1, 2, 5] if np.log10(high / low) <= 3 else [1]
+    ticks = [float(step * 10**decade) for decade in decades for step in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [format_count(tick) for tick in ticks]}
 
 
 def _extremes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -155,21 +172,21 @@ def _boxes(rows: pd.DataFrame, unit: str, logged: bool) -> Spec:
             "hoverinfo": "x+y",
         }
     ]  # fmt: skip
-    for column, name in (("limit_low", "lower limit"), ("limit_high", "upper limit")):
-        if rows[column].notna().any():
-            data.append(
-                {
-                    "type": "scatter", "mode": "markers", "name": name, "y": names,
-                    "x": numbers(rows[column]),
-                    "marker": {"symbol": "line-ns-open", "size": 12, "color": "@main",
-                               "line": {"width": 2, "color": "@main"}},
-                    "customdata": [format_count(n) for n in rows["cells"]],
-                    "hovertemplate": "%{y}: " + name + " %{x:,.4g}<br>%{customdata} cells<extra></extra>",
-                }
-            )  # fmt: skip
-    axis: Spec = {"title": {"text": unit}} | (
-        {"type": "log", "dtick": 1} if logged else {"rangemode": "tozero"}
-    )
+    limits = [(c, name) for c, name in LIMITS.items() if rows[c].notna().any()]
+    for at, (column, name) in enumerate(limits):
+        data.append(
+            {
+                "type": "scatter", "mode": "markers", "name": "limits", "legendgroup": "limits",
+                "showlegend": at == 0, "y": names,
+                "x": numbers(rows[column]),
+                "marker": {"symbol": "line-ns-open", "size": 12, "color": "@main",
+                           "line": {"width": 2, "color": "@main"}},
+                "customdata": [format_count(n) for n in rows["cells"]],
+                "hovertemplate": "%{y}: " + name + " %{x:,.4g}<br>%{customdata} cells<extra></extra>",
+            }
+        )  # fmt: skip
+    axis: Spec = {"title": {"text": unit}}
+    axis |= log_axis(low["p5"].min(), low["p95"].max()) if logged else {"rangemode": "tozero"}
     names_axis = {"type": "category", "autorange": "reversed", "automargin": True, "showgrid": False}
     return {"data": data, "layout": {"legend": LEGEND, "xaxis": axis, "yaxis": names_axis}}
 
@@ -208,8 +225,8 @@ def _knee_figure(inputs: QcInputs) -> Figure:
         ],
         "layout": {
             "showlegend": False,
-            "xaxis": {"type": "log", "dtick": 1, "title": {"text": "rank of the cell by guide UMIs"}},
-            "yaxis": {"type": "log", "dtick": 1, "title": {"text": "guide UMIs of the cell"}},
+            "xaxis": {**log_axis(1, cells), "title": {"text": "rank of the cell by guide UMIs"}},
+            "yaxis": {**log_axis(1, seen["guide_umis"].max()), "title": {"text": "guide UMIs of the cell"}},
             "shapes": shapes,
         },
     }  # fmt: skip

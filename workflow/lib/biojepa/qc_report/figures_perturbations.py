@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from biojepa import contracts
-from biojepa.qc_report.figures_cells import LEGEND
+from biojepa.qc_report.figures_cells import LEGEND, log_axis
 from biojepa.qc_report.inputs import RESPONDING_SHARE, QcInputs
 from biojepa.report.figures import Caption, Figure, Spec, escape, evenly, line, number, numbers, sentence
 from biojepa.report.figures_quality import effect_figure, on_target_figure
@@ -20,6 +20,8 @@ COLORS = ("@c1", "@c2", "@c3", "@c4", "@c5", "@c6", "@c7")
 # Names a colour-blind reader can tell apart, as the page's own colours are.
 SCALE = "Cividis"
 MIN_ON_MAP = 5
+# Names beside points, and the height of a line of text as a share of the axis.
+MAX_NAMED, LINE_OF_TEXT = 5, 0.06
 
 
 def perturbation_figures(inputs: QcInputs) -> list[Figure]:
@@ -93,13 +95,13 @@ def _by_effect(rows: pd.DataFrame, y: str, hover: str, x: str = "rank") -> list[
 def _cells_figure(inputs: QcInputs) -> Figure:
     rows = _ranked(inputs.perturbations, "n_cells")
     minimum, median = inputs.min_cells, float(rows["n_cells"].median())
-    shapes = [line(median, "y", dash="dash", color="@rule")]
+    shapes = [line(median, "y", dash="dash", color="@soft")]
     if minimum is not None:
         shapes.append(line(minimum, "y"))
     layout = {
         "legend": LEGEND,
         "xaxis": {"title": {"text": "perturbation, by number of cells"}, "showgrid": False},
-        "yaxis": {"type": "log", "title": {"text": "cells"}},
+        "yaxis": {**log_axis(rows["n_cells"].min(), rows["n_cells"].max()), "title": {"text": "cells"}},
         "shapes": shapes,
     }
     caption = Caption(
@@ -159,13 +161,13 @@ def effect_ranking(table: pd.DataFrame) -> Figure | None:
         "yaxis": {"title": {"text": "effect size"}},
         "shapes": [line(0, "y")],
     }
-    # The first few are what one looks for; the names of more would lie upon each other.
     layout["annotations"] = [
         {
-            "x": row["rank"], "y": number(row["effect_size"], 4), "text": escape(row["perturbation"]),
-            "showarrow": False, "xanchor": "left", "xshift": 7, "font": {"size": 11, "color": "@ink"},
+            "x": group[-1]["rank"], "y": number(group[-1]["effect_size"], 4), "showarrow": False,
+            "text": escape(", ".join(str(row["perturbation"]) for row in group)),
+            "xanchor": "left", "xshift": 7, "font": {"size": 11, "color": "@ink"},
         }
-        for row in rows[:4].to_dict("records")
+        for group in _strongest(rows)
     ]  # fmt: skip
     hover = "effect %{y:.3f}, q %{customdata[2]}<br>%{customdata[1]} cells, %{customdata[3]} changed genes"
     caption = Caption(
@@ -179,6 +181,19 @@ def effect_ranking(table: pd.DataFrame) -> Figure | None:
     )
     spec = {"data": _by_effect(rows, "effect_size", hover), "layout": layout}
     return Figure("effect-ranking", {"": spec}, caption, height=360)
+
+
+def _strongest(rows: pd.DataFrame) -> list[list[dict[Any, Any]]]:
+    """Return the first few of ranked rows, together where their names would lie upon each other."""
+    named = rows[rows["effect_q"] < SIGNIFICANT][:MAX_NAMED].to_dict("records")
+    apart = LINE_OF_TEXT * (rows["effect_size"].max() - rows["effect_size"].min())
+    groups: list[list[dict[Any, Any]]] = []
+    for row in named:
+        if groups and groups[-1][-1]["effect_size"] - row["effect_size"] < apart:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def changed_genes(table: pd.DataFrame) -> Figure | None:
