@@ -203,7 +203,7 @@ def expected_results(trained: Sequence[str] = TRAINED) -> set[str]:
     expected |= {f"{scheme}/{name}" for name in records}
     for fold in FOLDS:
         place = f"{scheme}/fold{fold}"
-        paired = ("split.tsv", "split.json", "pairs.h5", "coverage.tsv", "balance.tsv")
+        paired = ("split.tsv", "split.json", "pairs.h5", "coverage.tsv", "balance.tsv", "training_cells.tsv")
         paired += ("provenance/freeze_split.json", "provenance/pair.json")
         expected |= {f"{place}/pair/{name}" for name in paired}
         expected |= {f"{place}/{model}/seed0/embed/predictions.h5ad" for model in MODELS}

@@ -12,6 +12,7 @@ import pytest
 from scipy import sparse
 
 from biojepa import pairing
+from biojepa import pairs as pairs_module
 from biojepa.contracts import EXACT, STATED
 from biojepa.errors import InputError
 from biojepa.evaluation import leakage
@@ -44,6 +45,7 @@ class Fold:
         self.pairs, self.network = folder / f"pairs{fold}.h5", folder / "net.tsv"
         rng = np.random.default_rng(0)
         self.labels = np.array(["control"] * 60 + [label for label in LABELS for _ in range(12)])
+        self.batch: str | np.ndarray = "b"
         self.X = rng.gamma(1.0, rng.uniform(0.3, 2.0, 60), (len(self.labels), 60)).astype(np.float32)
         self.write()
         freeze_split(self.cells, self.path, "made", "perturbation", fold, SETTINGS)
@@ -57,9 +59,9 @@ class Fold:
         pd.DataFrame(genes).to_csv(self.network, sep="\t", index=False)
         self.build()
 
-    def write(self):
+    def write(self, **columns):
         obs = pd.DataFrame(
-            {"perturbation": self.labels, "batch": "b", "library_size": 1000.0},
+            {"perturbation": self.labels, "batch": self.batch, "library_size": 1000.0, **columns},
             index=[f"cell{i}" for i in range(len(self.labels))],
         )
         obs = obs.astype({"perturbation": "category", "batch": "category"})
@@ -151,6 +153,29 @@ def test_genes_of_every_fold_are_chosen_again(fold, tmp_path, all_cells_choose):
     other.build()
     with pytest.raises(LeakageError, match=r"pairs1\.h5: its 25 genes"):
         check_gene_selection(pairs, fold.cells, splits)
+
+
+def test_genes_ranked_within_batches_and_without_flagged_cells_are_chosen_again(fold, monkeypatch):
+    """Neither the batches nor the flags of a fold look like another choice of genes; another choice does."""
+    monkeypatch.setattr(pairs_module, "MIN_BATCH_CELLS", 40)
+    rng = np.random.default_rng(1)
+    fold.batch = np.where(rng.random(len(fold.labels)) < 0.5, "b", "c")
+    fold.X[fold.batch == "c", 40:50] *= 6
+    flag = (np.arange(len(fold.labels)) % 12 == 0) & (fold.labels != "control")
+    fold.X[flag, 30:40] *= rng.gamma(0.3, 9.0, (flag.sum(), 10)).astype(np.float32)
+    fold.write(flag_weak_guide=flag)
+    chosen = {}
+    for by_batch in (True, False):
+        for flags in ((), ("flag_weak_guide",)):
+            fold.build(genes_by_batch=by_batch, drop_flags=flags)
+            chosen[by_batch, flags] = read_pairs(fold.pairs).genes
+            assert check_gene_selection([fold.pairs], fold.cells, [fold.split])[0]["passed"]
+    assert len(set(chosen.values())) == 4
+    fold.build(genes_by_batch=True)
+    with h5py.File(fold.pairs, "r+") as file:
+        del file.attrs["genes_by_batch"]
+    with pytest.raises(LeakageError, match="are not those that the training cells"):
+        check_gene_selection([fold.pairs], fold.cells, [fold.split])
 
 
 def test_the_cells_of_all_folds_are_read_once(fold, tmp_path, monkeypatch):

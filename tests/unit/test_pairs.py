@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,16 +25,20 @@ from biojepa.pairing import PairSettings, build_pairs, freeze_split
 from biojepa.pairs import (
     CONTROL_CODE,
     Pairs,
+    counts_of,
     gene_moments,
     match_controls,
     multi_hot,
     read_pairs,
     rows_of_matrix,
     select_genes,
+    select_genes_by_batch,
     trainable_labels,
     validation_labels,
 )
+from biojepa.preprocess import PreprocessSettings, preprocess_file
 from biojepa.priors import GeneCodes, gene_table_source, network_source, read_gene_table, read_network
+from biojepa.raw import ScreenSource
 from biojepa.responses import response_source
 from biojepa.splits import LeakageError, labels_in, read_split
 
@@ -45,6 +50,8 @@ SETTINGS = PairSettings(n_folds=3, n_genes=20, prior_dim=6)
 
 class Screen:
     """Cells on disk with a frozen split, whose expression a test may change."""
+
+    genes = (*GENES, *(f"H{i}" for i in range(200)))
 
     def __init__(self, folder: Path) -> None:
         rng = np.random.default_rng(0)
@@ -71,12 +78,13 @@ class Screen:
             index=self.names,
         )
         obs = obs.astype({"perturbation": "category", "batch": "category"})
-        ad.AnnData(sparse.csr_matrix(self.X), obs, pd.DataFrame(index=GENES)).write_h5ad(self.cells)
+        genes = pd.DataFrame(index=self.genes[: self.X.shape[1]])
+        ad.AnnData(sparse.csr_matrix(self.X), obs, genes).write_h5ad(self.cells)
 
     def build(self, name: str = "pairs.h5", more=MappingProxyType({}), **changes) -> Pairs:
         settings = PairSettings(**{**SETTINGS.__dict__, **changes})
         path = self.folder / name
-        self.coverage = build_pairs(
+        tables = build_pairs(
             self.cells,
             self.split,
             path,
@@ -86,6 +94,7 @@ class Screen:
             {"dataset": "made", "fold": 1},
             **more,
         )
+        self.coverage, self.training_cells = tables.coverage, tables.training_cells
         return read_pairs(path)
 
     def cells_in(self, *sets: str) -> np.ndarray:
@@ -344,6 +353,147 @@ def test_gene_selection_agrees_with_a_second_formula():
     assert chosen.tolist() == sorted([3, 250, *best])
     assert select_genes(mean, variance, 300, always).tolist() == list(range(300))
     assert select_genes(mean, variance, 1, always).tolist() == [3, 250]
+
+
+def test_genes_by_batch_agree_with_a_second_formula():
+    """Number of batches, then median rank among the genes that a batch has, as scanpy's seurat_v3_paper."""
+    rng = np.random.default_rng(3)
+    mean, variance = rng.gamma(1, 1, (5, 300)), rng.gamma(1, 1, (5, 300))
+    mean[:, :20], variance[:, :20] = 0, 0
+    mean[2:, 20:60], variance[2:, 20:60] = 0, 0
+    always = np.zeros(300, dtype=bool)
+    always[[3, 250]] = True
+    nobody = np.zeros(300, dtype=bool)
+    ranks = []
+    for own, spread in zip(mean, variance, strict=True):
+        # One batch alone: a gene's rank is how many fit in before it does.
+        chosen = [set(select_genes(own, spread, n, nobody).tolist()) for n in range(51)]
+        ranks.append([next((n for n in range(51) if gene in chosen[n]), 99) - 1 for gene in range(300)])
+    ranks = np.ma.masked_greater_equal(np.array(ranks, dtype=float), 50)
+    table = pd.DataFrame(
+        {"batches": (~ranks.mask).sum(axis=0), "rank": np.ma.median(ranks, axis=0).filled(np.nan)}
+    )
+    order = table.sort_values(["batches", "rank"], ascending=[False, True], kind="stable", na_position="last")
+    best = [gene for gene in order.index if not always[gene]][:48]
+    chosen = select_genes_by_batch(mean, variance, 50, always)
+    assert chosen.tolist() == sorted([3, 250, *best])
+    assert table.loc[best, "batches"].between(2, 4).any()
+    assert select_genes_by_batch(mean, variance, 1, always).tolist() == [3, 250]
+    assert select_genes_by_batch(mean, variance, 300, always).tolist() == list(range(300))
+
+
+@pytest.mark.parametrize("n_genes", [2, 50, 290])
+def test_genes_of_one_batch_are_those_of_all_cells(n_genes):
+    rng = np.random.default_rng(4)
+    mean, variance = rng.gamma(1, 1, 300), rng.gamma(1, 1, 300)
+    mean[:30], variance[:30] = 0, 0
+    always = np.zeros(300, dtype=bool)
+    always[[3, 250]] = True
+    one = select_genes_by_batch(mean[None], variance[None], n_genes, always)
+    np.testing.assert_array_equal(one, select_genes(mean, variance, n_genes, always))
+
+
+class BatchScreen(Screen):
+    """Three batches of 214 cells; of 240 genes some differ between batches, others between their cells."""
+
+    within, between = range(220, 226), range(226, 232)
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        labels = ["control"] * 70 + [label for label in LABELS for _ in range(12)]
+        self.labels = np.array(labels * 3, dtype=object)
+        self.batch = np.repeat(["b0", "b1", "b2"], len(labels))
+        rng, n = np.random.default_rng(5), len(self.labels)
+        counts = rng.poisson(rng.uniform(0.5, 3.0, 240), (n, 240))
+        counts[:, list(self.within)] = rng.poisson(rng.gamma(0.3, np.linspace(2, 10, 6), (n, 6)))
+        low = np.linspace(0.4, 1.4, 6)[:, None] * rng.permuted(np.tile([0.1, 1.0, 5.0], (6, 1)), axis=1)
+        counts[:, list(self.between)] = rng.poisson(low[:, np.repeat(np.arange(3), len(labels))].T)
+        self.X = np.log1p(counts).astype(np.float32)
+        self.library = np.full(n, 3000.0, dtype=np.float32)
+        self.names = np.array([f"cell{i}" for i in range(n)])
+        self.write()
+        self.table = freeze_split(self.cells, self.split, "made", "perturbation", 1, SETTINGS)
+
+
+def test_genes_that_differ_between_batches_alone_are_not_chosen_as_by_scanpy(tmp_path):
+    from scanpy.preprocessing import highly_variable_genes  # here, since it takes seconds to import
+
+    screen = BatchScreen(tmp_path)
+    always = {gene for label in LABELS for gene in label.split("+")} & set(GENES)
+    n = len(always) + 12
+    within, between = ({screen.genes[i] for i in genes} for genes in (screen.within, screen.between))
+    by_batch = screen.build(n_genes=n)
+    assert within < set(by_batch.genes) and not between & set(by_batch.genes)
+    assert by_batch.facts["genes_by_batch"] is True
+    together = screen.build("together.h5", n_genes=n, genes_by_batch=False)
+    assert len(between & set(together.genes)) >= 3 and "genes_by_batch" not in together.facts
+    training = ad.read_h5ad(screen.cells)[screen.cells_in(TRAIN) | (screen.labels == "control")].copy()
+    others = training[:, [gene not in always for gene in training.var_names]].copy()
+    found = {}
+    for key in ("batch", None):
+        table = highly_variable_genes(others, n_top_genes=12, batch_key=key, inplace=False)
+        chosen = set(table.index[table["highly_variable"]])
+        assert within < chosen
+        found[key] = len(chosen & between)
+    assert found["batch"] <= 1 and found[None] >= 3
+
+
+def test_test_cells_and_batches_with_few_training_cells_rank_no_genes(tmp_path):
+    screen = BatchScreen(tmp_path)
+    before = screen.build(n_genes=60)
+    screen.X[screen.cells_in(TEST)] = np.random.default_rng(1).gamma(1, 5, 240)
+    screen.write()
+    assert same(before, screen.build("again.h5", n_genes=60))
+    # Most cells of two batches move to the third: one batch is left, so all cells rank at once.
+    place = pd.Series(screen.batch).groupby(screen.batch).cumcount().to_numpy()
+    screen.batch[place >= 90] = "b0"
+    screen.write()
+    few = screen.build("few.h5", n_genes=60)
+    together = screen.build("together.h5", n_genes=60, genes_by_batch=False)
+    assert few.genes == together.genes != before.genes and "genes_by_batch" not in few.facts
+
+
+def test_counts_are_got_back_by_value_from_a_real_screen(real_data, tmp_path):
+    raw = ad.read_h5ad(real_data / "norman2019_tiny.h5ad")
+    source = ScreenSource(
+        dataset="norman",
+        path=str(real_data / "norman2019_tiny.h5ad"),
+        perturbation_column="perturbation",
+        library_size_column="total_counts_all",
+    )
+    cells, split = tmp_path / "cells.h5ad", tmp_path / "split.tsv"
+    preprocess_file(
+        source,
+        PreprocessSettings(permutations=1, effect_cells=2, target_sum=8000.0),
+        cells,
+        tmp_path / "qc.tsv",
+        tmp_path / "perturbations.tsv",
+    )
+    settings = PairSettings(n_genes=100, genes_by_batch=False)
+    freeze_split(cells, split, "norman", "perturbation", 0, settings)
+    build_pairs(cells, split, tmp_path / "pairs.h5", [], [], settings, {})
+    pairs = read_pairs(tmp_path / "pairs.h5")
+    assert pairs.facts["target_sum"] == 8000
+    counts = counts_of(pairs)
+    expected = raw[list(pairs.cell_names), list(pairs.genes)].X
+    assert counts.dtype == np.int32 and counts.max() > 100 and counts.shape[1] == 100
+    assert (counts != sparse.csr_matrix(expected)).nnz == 0
+    some = pairs.cells_of(TRAIN)[::7]
+    assert (counts_of(pairs, some) != counts[some]).nnz == 0
+
+
+def test_counts_of_a_file_that_does_not_say_its_target_sum_or_holds_none_are_refused():
+    counts = np.random.default_rng(0).poisson(3, (6, 4))
+    library = np.full(6, np.log(5000.0))
+    pairs = pairs_of(
+        np.log1p(counts * 100 / 5000), ["control"] * 3 + ["A"] * 3, {"A": TRAIN}, library=library
+    )
+    with pytest.raises(InputError, match=r"pairs\.h5: found no attribute target_sum.*rerun the preprocess"):
+        counts_of(pairs)
+    known = replace(pairs, facts={"target_sum": 100.0})
+    np.testing.assert_array_equal(counts_of(known).toarray(), counts)
+    with pytest.raises(InputError, match=r"found expression that is [\d.]+ counts of a gene in a cell"):
+        counts_of(replace(pairs, facts={"target_sum": 130.0}))
 
 
 def test_a_planted_leak_stops_the_build_and_leaves_no_file(screen, monkeypatch):

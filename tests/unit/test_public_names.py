@@ -33,6 +33,7 @@ NAMES = [
     "load_model",
     "TrainSettings",
     "read_pairs",
+    "counts_of",
 ]
 
 

@@ -36,6 +36,7 @@ rule pair:
     output:
         pairs="results/{dataset}/{split}/fold{fold}/pair/pairs.h5",
         coverage="results/{dataset}/{split}/fold{fold}/pair/coverage.tsv",
+        training_cells="results/{dataset}/{split}/fold{fold}/pair/training_cells.tsv",
         balance="results/{dataset}/{split}/fold{fold}/pair/balance.tsv",
         record="results/{dataset}/{split}/fold{fold}/pair/provenance/pair.json",
     log:

@@ -2,8 +2,8 @@
 
 Genes are chosen on training cells; every cell is paired with a control; the codes of all perturbed
 genes, the held-out ones too, come from side information alone (and, with co-expression, from training
-cells). Beside the pairs lie a table of which source covers which gene, and one of how much cells and
-their controls are alike.
+cells). Beside the pairs lie a table of which source covers which gene, one of how many cells of each
+perturbation train, and one of how much cells and their controls are alike.
 """
 
 import sys
@@ -28,7 +28,7 @@ if __name__ == "__main__":
             "split_sha256": sha256_of(snakemake.input.split),
         }
         others = dict(zip(snakemake.params.responses, snakemake.input.get("responses", []), strict=True))
-        coverage = build_pairs(
+        tables = build_pairs(
             snakemake.input.cells,
             snakemake.input.split,
             snakemake.output.pairs,
@@ -42,5 +42,6 @@ if __name__ == "__main__":
                 requests_from(snakemake.params.predict, snakemake.input.get("requests", []))
             ),
         )
-        write_tsv(coverage, snakemake.output.coverage)
+        write_tsv(tables.coverage, snakemake.output.coverage)
+        write_tsv(tables.training_cells, snakemake.output.training_cells)
         write_tsv(pairing_balance(snakemake.input.cells, snakemake.output.pairs), snakemake.output.balance)

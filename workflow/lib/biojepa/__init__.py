@@ -26,7 +26,7 @@ __all__, __getattr__ = lazy_names(
             "random_block_mask",
             "temporal_mask",
         ),
-        "biojepa.pairs": ("read_pairs",),
+        "biojepa.pairs": ("counts_of", "read_pairs"),
         "biojepa.training.run": ("train_model",),
         "biojepa.training.settings": ("TrainSettings",),
         "biojepa.training.trained": ("load_model",),

@@ -22,6 +22,8 @@ DOSE = "dose"
 BATCH = "batch"
 CELL_TYPE = "cell_type"
 LIBRARY_SIZE = "library_size"
+# Columns of bool that tell of a cell or its perturbation what may be wrong with it.
+FLAG_PREFIX = "flag_"
 CELLS_OBS = (
     PERTURBATION,
     IS_CONTROL,
@@ -121,6 +123,16 @@ STRATEGY = "strategy"
 POPULATION, RANDOM, MATCHED = "population", "random", "matched"
 NEAREST, OPTIMAL_TRANSPORT = "nearest", "optimal_transport"
 STRATEGIES = (POPULATION, RANDOM, MATCHED, NEAREST, OPTIMAL_TRANSPORT)
+
+# Attributes of pairs.h5: counts per cell that expression was scaled to; that genes were ranked by batch,
+# where they were; where flags were asked for, JSON text, how many cells each of them left out of training.
+TARGET_SUM = "target_sum"
+GENES_BY_BATCH = "genes_by_batch"
+LEFT_OUT_BY_FLAG = "left_out_by_flag"
+
+# --- pair/training_cells.tsv ------------------------------------------------------------------
+# The flags that were asked for stand after the second.
+TRAINING_CELLS_COLUMNS = (PERTURBATION, "n_cells", "n_left_out", "n_training_cells", "consequence")
 
 # --- pair/balance.tsv -------------------------------------------------------------------------
 BALANCE_COLUMNS = (

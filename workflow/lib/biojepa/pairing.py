@@ -22,7 +22,9 @@ from biojepa.contracts import (
     CONTEXT_COLUMN,
     CONTROL,
     DOSE,
+    GENES_BY_BATCH,
     LEFT_OUT,
+    LEFT_OUT_BY_FLAG,
     LIBRARY_SIZE,
     MATCHED,
     NEAREST,
@@ -36,6 +38,7 @@ from biojepa.contracts import (
     SOURCES,
     STRATEGIES,
     STRATEGY,
+    TARGET_SUM,
     TEST,
     TRAIN,
     VAL,
@@ -53,7 +56,17 @@ from biojepa.controls import (
 )
 from biojepa.errors import InputError
 from biojepa.files import atomic_path
-from biojepa.pairs import CONTROL_CODE, gene_moments, match_controls, select_genes, write_pairs
+from biojepa.flagged_cells import drop_flagged
+from biojepa.pairs import (
+    CONTROL_CODE,
+    batches_that_choose,
+    gene_moments,
+    gene_moments_of_codes,
+    match_controls,
+    select_genes,
+    select_genes_by_batch,
+    write_pairs,
+)
 from biojepa.prediction_requests import ALL
 from biojepa.priors import (
     AVERAGE,
@@ -114,8 +127,13 @@ class PairSettings:
         Share of all perturbations that each fold keeps for selection and early stopping.
     seed
         Of the split and of the pairing.
+    drop_flags
+        Flags in ``obs`` of ``cells.h5ad`` whose cells are left out of training, and of nothing else.
     n_genes
         Genes at most; the most variable ones on training cells, perturbed genes always.
+    genes_by_batch
+        Whether genes are ranked within each batch, and the ranks combined, where several batches have
+        enough training cells.
     prior_dim
         Dimensions at most of the codes of each prior source.
     restart
@@ -140,7 +158,9 @@ class PairSettings:
     list: Mapping[str, Sequence[str]] | str | None = None
     validation_share: float = 0.1
     seed: int = 0
+    drop_flags: Sequence[str] = ()
     n_genes: int = 5000
+    genes_by_batch: bool = True
     prior_dim: int = 64
     restart: float = 0.2
     coexpression: bool = False
@@ -248,6 +268,22 @@ def hold_out(
     return HeldOut(split_perturbations(labels, n_folds, share, seed)[fold]), n_folds
 
 
+@dataclass(frozen=True)
+class FoldTables:
+    """What there is to read of a fold beside ``pairs.h5``.
+
+    Attributes
+    ----------
+    coverage
+        Rows of ``coverage.tsv``, see :func:`~biojepa.priors.coverage`.
+    training_cells
+        Rows of ``training_cells.tsv``, see :func:`~biojepa.flagged_cells.drop_flagged`.
+    """
+
+    coverage: pd.DataFrame
+    training_cells: pd.DataFrame
+
+
 def build_pairs(
     cells_path: str | Path,
     split_path: str | Path,
@@ -259,7 +295,7 @@ def build_pairs(
     gene_tables: Sequence[str | Path] = (),
     responses: Mapping[str, str | Path] | None = None,
     requests: Sequence[str] | str = (),
-) -> pd.DataFrame:
+) -> FoldTables:
     """Write ``pairs.h5`` of one fold.
 
     Parameters
@@ -282,12 +318,13 @@ def build_pairs(
 
     Returns
     -------
-    Which prior source covers which perturbed gene, see :func:`~biojepa.priors.coverage`.
+    Which prior source covers which perturbed gene, and how many cells of each perturbation train.
 
     Raises
     ------
     InputError
-        When a prior covers no perturbed gene or tells none apart, or the screen has no control cells.
+        When a prior covers no perturbed gene or tells none apart, the screen has no control cells, or a flag
+        is unknown or leaves hardly a perturbation.
     LeakageError
         When a test perturbation would reach the file, or another screen holds cells of this one.
     """
@@ -312,8 +349,9 @@ def build_pairs(
             raise InputError(
                 cells_path, "no control cell", f"cells labelled {CONTROL}", "rerun the preprocess stage"
             )
-        training = _carries(label, [*labels_in(split, TRAIN), CONTROL])
-        keep = _carries(label, [*labels_in(split, TRAIN, VAL), CONTROL])
+        dropped, of_training = drop_flagged(obs, label, split, settings.drop_flags, cells_path)
+        training = _carries(label, [*labels_in(split, TRAIN), CONTROL]) & ~dropped
+        keep = _carries(label, [*labels_in(split, TRAIN, VAL), CONTROL]) & ~dropped
         refuse_held_out(label[training], split, (TRAIN,), "gene selection")
         refuse_held_out(label[keep], split, (TRAIN, VAL), "pairs.h5")
 
@@ -329,8 +367,7 @@ def build_pairs(
         }
         require_differences(sources, codes, genes)
         types, design = _design(obs, label, split[PERTURBATION].tolist())
-        mean, variance = gene_moments(file["X"], training, len(names))
-        columns = select_genes(mean, variance, settings.n_genes, np.isin(names, genes))
+        columns, by_batch = _choose_genes(file["X"], training, obs, settings, np.isin(names, genes))
         position = {CONTROL: CONTROL_CODE} | {name: code for code, name in enumerate(split[PERTURBATION])}
         perturbation = np.array([position[name] for name in label[keep]], dtype=np.int32)
         batches = obs.loc[keep, BATCH].astype(str)
@@ -382,6 +419,9 @@ def build_pairs(
                     **_context_facts(held_out),
                     SOURCES: _origins(sources),
                     STRATEGY: settings.strategy,
+                    **({GENES_BY_BATCH: True} if by_batch else {}),
+                    **_target_sum(file),
+                    **_left_out(of_training, settings.drop_flags),
                 },
             )
     log.info(
@@ -392,7 +432,8 @@ def build_pairs(
         len(columns),
         len(labels_in(split, TEST)),
     )
-    trained = {gene for name in labels_in(split, TRAIN) for gene in genes_of(name)}
+    left = of_training.loc[of_training["n_training_cells"] > 0, PERTURBATION]
+    trained = {gene for name in left for gene in genes_of(name)}
     covered = coverage({name: values[: len(genes)] for name, values in codes.items()}, genes, trained)
     for name in codes:
         log.info("prior %s covers %d of %d perturbed genes", name, covered[name].sum(), len(genes))
@@ -401,7 +442,7 @@ def build_pairs(
         log.warning(
             "no prior source covers %d held-out gene(s), %s: %s", len(unknown), AVERAGE, ", ".join(unknown)
         )
-    return covered
+    return FoldTables(covered, of_training)
 
 
 @dataclass(frozen=True)
@@ -491,6 +532,39 @@ def pair_cells(
     if settings.strategy == NEAREST:
         return nearest_controls(pools, scores), orphans
     return transport_controls(pools, cells.perturbation, scores, settings.transport_cells, rng), orphans
+
+
+def _choose_genes(
+    matrix: h5py.Group, training: np.ndarray, obs: pd.DataFrame, settings: PairSettings, always: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    """Choose genes on training cells and controls: sorted positions, and whether batches had a say each."""
+    if settings.n_genes >= len(always):
+        return np.arange(len(always)), False
+    batches = None
+    if settings.genes_by_batch:
+        batches = batches_that_choose(obs[BATCH].astype(str).to_numpy(), training)
+    if batches is None:
+        mean, variance = gene_moments(matrix, training, len(always))
+        return select_genes(mean, variance, settings.n_genes, always), False
+    log.info("genes are ranked within %d batches", batches.max() + 1)
+    [(mean, variance)] = gene_moments_of_codes(matrix, [batches], len(always))
+    return select_genes_by_batch(mean, variance, settings.n_genes, always), True
+
+
+def _target_sum(cells: h5py.File) -> dict[str, float]:
+    """Read what ``cells.h5ad`` was scaled to, where it says so: cells made elsewhere do not."""
+    if "uns/provenance" not in cells:
+        return {}
+    settings = json.loads(cells["uns/provenance"].asstr()[()]).get("settings", {})
+    return {TARGET_SUM: float(settings["target_sum"])} if "target_sum" in settings else {}
+
+
+def _left_out(of_training: pd.DataFrame, flags: Sequence[str]) -> dict[str, str]:
+    """Count the cells that each flag left out of training, and all that were, as JSON text."""
+    if not flags:
+        return {}
+    used = of_training[of_training["n_left_out"] > 0]
+    return {LEFT_OUT_BY_FLAG: json.dumps({name: int(used[name].sum()) for name in (*flags, "n_left_out")})}
 
 
 def _type_codes(obs: pd.DataFrame, keep: np.ndarray) -> np.ndarray | None:

@@ -14,8 +14,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pandas as pd
+from scipy import sparse
 
-from biojepa.contracts import CONTEXT, SELECTED_ON, TEST, TRAIN, TRAINED_ON, VAL
+from biojepa.contracts import CONTEXT, SELECTED_ON, TARGET_SUM, TEST, TRAIN, TRAINED_ON, VAL
 from biojepa.errors import InputError
 from biojepa.labels import genes_of
 from biojepa.splits import LeakageError
@@ -24,6 +26,10 @@ CONTROL_CODE = -1
 BLOCK = 4096
 BLOCK_ENTRIES = 1 << 24
 FORMAT_VERSION = 2
+# Training cells of a batch below which a gene's variance in it is mostly chance.
+MIN_BATCH_CELLS = 100
+# What a count that is read back may be off: single precision of expression and log library size, with room.
+COUNT_ERROR, COUNT_RELATIVE_ERROR = 1e-3, 3e-6
 
 
 @dataclass(frozen=True)
@@ -268,19 +274,71 @@ def gene_moments_of_groups(
     n_genes
         Columns of the matrix.
     """
-    totals, squares = np.zeros((2, len(groups), n_genes))
+    codes = [np.where(keep, 0, -1) for keep in groups]
+    moments = gene_moments_of_codes(matrix, codes, n_genes)
+    # No cell at all has no code either.
+    return [
+        (mean[0], variance[0]) if len(mean) else (np.zeros(n_genes), np.zeros(n_genes))
+        for mean, variance in moments
+    ]
+
+
+def gene_moments_of_codes(
+    matrix: h5py.Group, codings: Sequence[np.ndarray], n_genes: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Mean and variance of each gene over cells of the same code, for several codings, in one pass.
+
+    Parameters
+    ----------
+    matrix
+        CSR group of log-expression.
+    codings
+        Codes ``(cells,)`` from 0 without a gap, -1 for cells of no group; memory grows with groups × genes.
+    n_genes
+        Columns of the matrix.
+
+    Returns
+    -------
+    Mean and variance ``(groups, genes)`` of each coding.
+    """
+    sizes = [np.bincount(codes[codes >= 0]) for codes in codings]
+    totals = [np.zeros(len(size) * n_genes) for size in sizes]
+    squares = [np.zeros_like(total) for total in totals]
     for first, data, indices, indptr in rows_of_matrix(matrix):
-        for place, keep in enumerate(groups):
-            wanted = np.repeat(keep[first : first + len(indptr) - 1], np.diff(indptr))
-            values, genes = data[wanted].astype(np.float64), indices[wanted]
-            np.add.at(totals[place], genes, values)
-            np.add.at(squares[place], genes, values**2)
+        for codes, size, total, square in zip(codings, sizes, totals, squares, strict=True):
+            code = codes[first : first + len(indptr) - 1]
+            wanted = np.repeat(code >= 0, np.diff(indptr))
+            values, place = data[wanted].astype(np.float64), indices[wanted]
+            if len(size) > 1:
+                place = place + np.repeat(code.astype(np.int64) * n_genes, np.diff(indptr))[wanted]
+            np.add.at(total, place, values)
+            np.add.at(square, place, values**2)
     moments = []
-    for keep, total, square in zip(groups, totals, squares, strict=True):
-        n = max(int(keep.sum()), 1)
-        mean = total / n
-        moments.append((mean, np.maximum(square / n - mean**2, 0)))
+    for size, total, square in zip(sizes, totals, squares, strict=True):
+        n = np.maximum(size, 1)[:, None]
+        mean = total.reshape(-1, n_genes) / n
+        moments.append((mean, np.maximum(square.reshape(-1, n_genes) / n - mean**2, 0)))
     return moments
+
+
+def batches_that_choose(batch: np.ndarray, training: np.ndarray) -> np.ndarray | None:
+    """Code the batches within which genes can be ranked: those with enough training cells.
+
+    Parameters
+    ----------
+    batch
+        ``(cells,)`` batch of each cell.
+    training
+        ``(cells,)`` bool, training cells and controls.
+
+    Returns
+    -------
+    ``(cells,)`` code of the batch, -1 for all other cells; None with fewer than two such batches, where there
+    is nothing to combine and genes are ranked over all training cells.
+    """
+    names, cells = np.unique(batch[training], return_counts=True)
+    codes = pd.Index(names[cells >= MIN_BATCH_CELLS]).get_indexer(pd.Index(batch))
+    return None if codes.max(initial=-1) < 1 else np.where(training, codes, -1)
 
 
 def select_genes(
@@ -306,6 +364,50 @@ def select_genes(
     """
     if n_genes >= len(mean):
         return np.arange(len(mean))
+    score = _standardized_dispersion(mean, variance, n_bins)
+    score[always] = np.inf
+    chosen = np.argsort(-score, kind="stable")[: max(n_genes, int(always.sum()))]
+    return np.sort(chosen)
+
+
+def select_genes_by_batch(
+    mean: np.ndarray, variance: np.ndarray, n_genes: int, always: np.ndarray, n_bins: int = 20
+) -> np.ndarray:
+    """Choose the genes that are among the most variable ones in the most batches, and the perturbed ones.
+
+    Ranked within each batch as by :func:`select_genes`, so that what differs between batches alone makes no
+    gene variable. Genes that are among the first ``n_genes`` in more batches come first, then those with the
+    lower median rank in these batches (Stuart et al. 2019; scanpy's ``seurat_v3_paper``).
+
+    Parameters
+    ----------
+    mean, variance
+        ``(batches, genes)`` of log-expression over training cells.
+    n_genes, always
+        As of :func:`select_genes`, which one batch agrees with.
+
+    Returns
+    -------
+    Sorted positions of the chosen genes.
+    """
+    if n_genes >= mean.shape[1]:
+        return np.arange(mean.shape[1])
+    ranks = np.full(mean.shape, np.nan)
+    for own, batch_mean, batch_variance in zip(ranks, mean, variance, strict=True):
+        score = _standardized_dispersion(batch_mean, batch_variance, n_bins)
+        first = np.argsort(-score, kind="stable")[:n_genes]
+        first = first[np.isfinite(score[first])]
+        own[first] = np.arange(len(first))
+    n_batches = np.isfinite(ranks).sum(axis=0)
+    median = np.full(len(n_batches), np.inf)
+    median[n_batches > 0] = np.nanmedian(ranks[:, n_batches > 0], axis=0)
+    # The last key is the first to sort by; what is left in the order of the genes.
+    order = np.lexsort((median, -n_batches, ~always))
+    return np.sort(order[: max(n_genes, int(always.sum()))])
+
+
+def _standardized_dispersion(mean: np.ndarray, variance: np.ndarray, n_bins: int) -> np.ndarray:
+    """Score genes ``(genes,)`` by their dispersion among genes of similar mean; -inf where not expressed."""
     expressed = (mean > 0) & (variance > 0)
     dispersion = np.full(len(mean), -np.inf)
     dispersion[expressed] = np.log(variance[expressed] / mean[expressed])
@@ -320,9 +422,7 @@ def select_genes(
             spread = values[inside].std()
             standardized[inside] = (values[inside] - values[inside].mean()) / (spread if spread > 0 else 1)
     score[expressed] = standardized
-    score[always] = np.inf
-    chosen = np.argsort(-score, kind="stable")[: max(n_genes, int(always.sum()))]
-    return np.sort(chosen)
+    return score
 
 
 def match_controls(
@@ -452,6 +552,75 @@ def read_pairs(path: str | Path) -> Pairs:
         design = {key: values[:] for key, values in file["design"].items()}
         codes = {key: values[:] for key, values in file["codes"].items()} if "codes" in file else {}
     return Pairs(**names, **cells, **design, codes=codes, facts=facts)
+
+
+def target_sum_of(pairs: Pairs) -> float:
+    """Return the counts per cell that the expression of a fold was scaled to.
+
+    Raises
+    ------
+    InputError
+        When the file does not say, because an older version made the cells or the pairs.
+    """
+    if TARGET_SUM not in pairs.facts:
+        raise InputError(
+            "pairs.h5",
+            f"no attribute {TARGET_SUM}",
+            "the counts per cell that expression was scaled to, as the preprocess stage writes them down",
+            "rerun the preprocess and the pair stage",
+        )
+    return float(pairs.facts[TARGET_SUM])  # type: ignore[arg-type]
+
+
+def counts_of(pairs: Pairs, cells: np.ndarray | None = None) -> sparse.csr_matrix:
+    """Get back the counts that the expression was made of, for models of counts.
+
+    ``expm1(expression) × library size / target sum``, rounded: expression is kept in single precision, which
+    tells whole numbers apart up to 100,000 of one gene in one cell.
+
+    Parameters
+    ----------
+    pairs
+        As :func:`read_pairs` gives it.
+    cells
+        Positions of cells, such as ``pairs.cells_of("train")``; all of the file where ``None``.
+
+    Returns
+    -------
+    Whole numbers ``(cells, genes)``, CSR int32.
+
+    Raises
+    ------
+    InputError
+        When the file does not say what expression was scaled to, or the result is no whole number.
+
+    Examples
+    --------
+    >>> training = pairs.cells_of("train")  # doctest: +SKIP
+    >>> counts, library = counts_of(pairs, training), np.exp(pairs.log_library_size[training])
+    """
+    per_count = target_sum_of(pairs) / np.exp(pairs.log_library_size.astype(np.float64))
+    shape = (len(pairs.indptr) - 1, len(pairs.genes))
+    matrix = sparse.csr_matrix((pairs.data, pairs.indices, pairs.indptr), shape=shape)
+    if cells is not None:
+        matrix, per_count = matrix[cells], per_count[cells]
+    counts = np.empty(len(matrix.data), dtype=np.int32)
+    # In blocks, since double precision takes three times the memory of what is read and returned.
+    for first in range(0, matrix.shape[0], BLOCK):
+        bounds = matrix.indptr[first : first + BLOCK + 1]
+        span = slice(int(bounds[0]), int(bounds[-1]))
+        exact = np.expm1(matrix.data[span].astype(np.float64))
+        exact /= np.repeat(per_count[first : first + BLOCK], np.diff(bounds))
+        counts[span] = np.rint(exact)
+        off = np.abs(exact - counts[span]) > np.minimum(COUNT_ERROR + COUNT_RELATIVE_ERROR * exact, 0.5)
+        if off.any():
+            raise InputError(
+                "pairs.h5",
+                f"expression that is {exact[off][0]:.6g} counts of a gene in a cell",
+                "whole numbers of counts",
+                "give the screen as raw counts, or rerun the preprocess and the pair stage",
+            )
+    return sparse.csr_matrix((counts, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def refuse_leaked_pairs(pairs: Pairs) -> None:

@@ -18,7 +18,9 @@ import numpy as np
 import pandas as pd
 
 from biojepa.contracts import (
+    BATCH,
     CONTROL,
+    GENES_BY_BATCH,
     POSITIVE_CONTROLS,
     SELECTED_ON,
     SET,
@@ -33,7 +35,13 @@ from biojepa.evaluation.predictions import FROM_CELLS, PredictionFile
 from biojepa.evaluation.scoring import sentinel
 from biojepa.evaluation.splits import FoldSplit
 from biojepa.labels import genes_of, spell_label
-from biojepa.pairs import CONTROL_CODE, gene_moments_of_groups, select_genes
+from biojepa.pairs import (
+    CONTROL_CODE,
+    batches_that_choose,
+    gene_moments_of_codes,
+    select_genes,
+    select_genes_by_batch,
+)
 from biojepa.splits import LeakageError, cell_labels, require_same_split
 
 _REMAKE = "Fix: delete pairs.h5 and rerun from the pair stage"
@@ -182,6 +190,8 @@ def check_gene_selection(
 ) -> list[dict[str, Any]]:
     """Choose each fold's genes again, on its training cells and controls, and compare with ``pairs.h5``.
 
+    Within batches where the file says that they were ranked so.
+
     One pass over the cells for all folds; none where every gene was kept. ``obs`` as in
     :func:`check_training_cells`.
 
@@ -193,23 +203,31 @@ def check_gene_selection(
     obs = read_obs(cells_path) if obs is None else obs
     with h5py.File(cells_path, "r") as file:
         measured = np.asarray(ad.io.read_elem(file["var"]).index, dtype=str)
-        found = {}
-        for pairs_path, split in zip(pairs_paths, splits, strict=True):
-            with h5py.File(pairs_path, "r") as pairs:
-                found[split.fold] = pairs["names/genes"].asstr()[:]
-        chosen = [
-            (path, split)
-            for path, split in zip(pairs_paths, splits, strict=True)
-            if set(found[split.fold]) != set(measured)
-        ]
-        masks = [
-            np.isin(cell_labels(obs, split.info), [*split.labels(TRAIN), CONTROL]) for _, split in chosen
-        ]
-        moments = gene_moments_of_groups(file["X"], masks, len(measured)) if chosen else []
-    for (path, split), (mean, variance) in zip(chosen, moments, strict=True):
+        found, codings = {}, []
+        chosen: list[tuple[str | Path, FoldSplit, bool]] = []
+        for path, split in zip(pairs_paths, splits, strict=True):
+            with h5py.File(path, "r") as pairs:
+                genes, by_batch = (
+                    pairs["names/genes"].asstr()[:],
+                    bool(pairs.attrs.get(GENES_BY_BATCH, False)),
+                )
+                # Flags may have left cells of training perturbations out; none that is not there had a say.
+                there = obs.index.isin(pairs["names/cell_names"].asstr()[:])
+            found[split.fold] = genes
+            if set(genes) == set(measured):
+                continue
+            training = there & np.isin(cell_labels(obs, split.info), [*split.labels(TRAIN), CONTROL])
+            batches = batches_that_choose(obs[BATCH].astype(str).to_numpy(), training) if by_batch else None
+            chosen.append((path, split, batches is not None))
+            codings.append(np.where(training, 0, -1) if batches is None else batches)
+        moments = gene_moments_of_codes(file["X"], codings, len(measured)) if chosen else []
+    for (path, split, by_batch), (mean, variance) in zip(chosen, moments, strict=True):
         perturbed = {gene for label in split.table.index for gene in genes_of(label)}
-        genes = found[split.fold]
-        own = measured[select_genes(mean, variance, len(genes), np.isin(measured, sorted(perturbed)))]
+        genes, always = found[split.fold], np.isin(measured, sorted(perturbed))
+        if by_batch:
+            own = measured[select_genes_by_batch(mean, variance, len(genes), always)]
+        else:
+            own = measured[select_genes(mean[0], variance[0], len(genes), always)]
         extra, lost = sorted(set(genes) - set(own)), sorted(set(own) - set(genes))
         if extra or lost:
             raise LeakageError(
