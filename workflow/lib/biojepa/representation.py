@@ -1,9 +1,9 @@
 """What an embedding holds of cells that training never saw, against PCA and an untrained encoder.
 
 Cells of test perturbations, and control cells beside them, are embedded by the trained encoder, by the same
-encoder with the weights that it started from, and by principal components of log-expression. All are
-reduced to the same number of principal components, fitted on training cells alone, so that what is measured
-does not depend on the number of dimensions.
+encoder with the weights that it started from, and by principal components of what the encoder reads:
+log-expression, or its Pearson residuals. All are reduced to the same number of principal components, fitted
+on training cells alone, so that what is measured does not depend on the number of dimensions.
 """
 
 from __future__ import annotations
@@ -160,14 +160,13 @@ def read_cells(path: str | Path, cells: np.ndarray, column_of: np.ndarray, n_col
 def untrained_embedding(model: TrainedModel, seed: int) -> CellEmbedding:
     """Make the embedding that a training with this seed starts from, its tokens not yet standardized.
 
-    Architecture and standardization of the inputs are those of ``model``; the weights are those of the
+    Architecture, and what is done to the inputs, are those of ``model``; the weights are those of the
     ablation ``untrained_predictor`` with the same seed.
     """
     settings = replace(model.settings, embedding="untrained")
     torch.manual_seed(seed)
     embedding = make_embedding(settings, len(model.genes)).to(model.control_tokens.device)
-    for name in ("gene_mean", "gene_scale", "library"):
-        getattr(embedding, name).copy_(getattr(model.embedding, name))
+    embedding.take_inputs(model.embedding)
     return embedding.requires_grad_(False).eval()
 
 
@@ -280,7 +279,9 @@ def embeddings(model: TrainedModel, cells: ComparedCells, seed: int) -> Iterator
         flat, pooled = tokens.flatten(1), tokens.mean(dim=1)
         yield Features(name, components(flat[fitted], flat[judged]), spread)
         yield Features(f"{name}_pooled", components(pooled[fitted], pooled[judged]), pooled_spread)
-    x = torch.from_numpy(cells.expression).to(model.control_tokens.device)
+    device = model.control_tokens.device
+    library = torch.from_numpy(cells.log_library.astype(np.float32)).to(device)
+    x = model.embedding.transformed(torch.from_numpy(cells.expression).to(device), library)
     yield Features("pca50", components(x[fitted], x[judged]), None)
 
 

@@ -36,13 +36,66 @@ class PCAProjection(nn.Module):
         return (x @ self.components).view(len(x), self.num_tokens, self.embed_dim)
 
 
+class PearsonResiduals(nn.Module):
+    """Log-expression to analytic Pearson residuals of its counts (Lause, Berens and Kobak 2021).
+
+    The counts of gene g in a cell of library size n are negative binomial with mean μ = n · p of g, variance
+    μ + μ² / θ, and θ = 100 for all genes. A residual is (count - μ) / √variance, clipped at ±√(training
+    cells). Genes that no training cell expresses, of which nothing is known, are 0.
+
+    Parameters
+    ----------
+    n_genes
+        Genes of the input.
+    """
+
+    THETA = 100.0
+
+    share: Tensor
+    target_sum: Tensor
+    limit: Tensor
+
+    def __init__(self, n_genes: int) -> None:
+        super().__init__()
+        self.register_buffer("share", torch.zeros(n_genes))
+        self.register_buffer("target_sum", torch.tensor(1.0))
+        self.register_buffer("limit", torch.tensor(1.0))
+
+    def fit(self, share: Tensor, target_sum: float, n_cells: int) -> PearsonResiduals:
+        """Take over what training cells say.
+
+        Parameters
+        ----------
+        share
+            (genes,) p, the counts of each gene in all training cells over the sum of their library sizes.
+        target_sum
+            Counts per cell that expression was scaled to.
+        n_cells
+            Training cells.
+        """
+        self.share.copy_(share)
+        self.target_sum.fill_(target_sum)
+        self.limit.fill_(float(n_cells) ** 0.5)
+        return self
+
+    def forward(self, x: Tensor, log_library: Tensor) -> Tensor:
+        """Transform log-expression (B, genes) of cells with log library sizes (B,), natural logarithm."""
+        library = log_library.exp()[:, None]
+        mean = library * self.share
+        deviation = x.expm1() * (library / self.target_sum) - mean
+        residual = deviation / (mean + mean.square() / self.THETA).sqrt().clamp(min=1e-12)
+        return torch.where(self.share > 0, residual.clamp(-self.limit, self.limit), 0.0)
+
+
 class CellEmbedding(nn.Module):
-    """Standardize genes, embed, standardize tokens; all statistics are of training cells.
+    """Transform and standardize genes, embed, standardize tokens; all statistics are of training cells.
 
     Parameters
     ----------
     body
         Maps standardized expression (B, genes) and standardized log library size (B,) to (B, T, D).
+    residuals
+        What log-expression is transformed by before; left as it is where ``None``.
     """
 
     gene_mean: Tensor
@@ -51,9 +104,11 @@ class CellEmbedding(nn.Module):
     token_mean: Tensor
     token_scale: Tensor
 
-    def __init__(self, body: GeneExpressionEncoder | PCAProjection) -> None:
+    def __init__(
+        self, body: GeneExpressionEncoder | PCAProjection, residuals: PearsonResiduals | None = None
+    ) -> None:
         super().__init__()
-        self.body = body
+        self.body, self.residuals = body, residuals
         n_genes, tokens, dim = body.n_genes, body.num_tokens, body.embed_dim
         self.num_tokens, self.dim = tokens, dim
         self.register_buffer("gene_mean", torch.zeros(n_genes))
@@ -63,12 +118,13 @@ class CellEmbedding(nn.Module):
         self.register_buffer("token_scale", torch.ones(tokens, dim))
 
     def fit_inputs(self, mean: Tensor, scale: Tensor, log_library: Tensor) -> None:
-        """Set the standardization of the input from the moments of training cells.
+        """Set the standardization of the input from the moments of training cells, as :meth:`transformed`.
 
-        Genes that hardly vary keep a scale of at least 0.1, so that noise is not blown up.
+        Genes that hardly vary keep a scale of at least 0.1, so that noise is not blown up. Residuals keep
+        theirs: their variance is 1 where a gene varies by chance alone, and tells more of the others.
         """
         self.gene_mean.copy_(mean)
-        self.gene_scale.copy_(scale.clamp(min=0.1))
+        self.gene_scale.copy_(scale.clamp(min=0.1) if self.residuals is None else torch.ones_like(scale))
         self.library.copy_(torch.stack([log_library.mean(), log_library.std().clamp(min=MIN_SCALE)]))
 
     def fit_tokens(self, tokens: Tensor) -> None:
@@ -76,10 +132,26 @@ class CellEmbedding(nn.Module):
         self.token_mean.copy_(tokens.mean(dim=0))
         self.token_scale.copy_(tokens.std(dim=0).clamp(min=MIN_SCALE))
 
-    def inputs(self, x: Tensor, log_library: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardize log-expression (B, genes), clipped at 10 deviations, and log library sizes (B,)."""
+    def take_inputs(self, other: CellEmbedding) -> None:
+        """Transform and standardize inputs as another embedding of the same genes does."""
+        for name in ("gene_mean", "gene_scale", "library"):
+            getattr(self, name).copy_(getattr(other, name))
+        if self.residuals is not None and other.residuals is not None:
+            self.residuals.load_state_dict(other.residuals.state_dict())
+
+    def transformed(self, x: Tensor, log_library: Tensor) -> Tensor:
+        """Return log-expression (B, genes) as it is, or its Pearson residuals: what is standardized."""
         require_shape("x", x, (None, len(self.gene_mean)))
-        standardized = ((x - self.gene_mean) / self.gene_scale).clamp(-10, 10)
+        return x if self.residuals is None else self.residuals(x, log_library)
+
+    def inputs(self, x: Tensor, log_library: Tensor) -> tuple[Tensor, Tensor]:
+        """Transform and standardize log-expression (B, genes), and standardize log library sizes (B,).
+
+        Log-expression is clipped at 10 deviations; residuals have a limit of their own.
+        """
+        standardized = (self.transformed(x, log_library) - self.gene_mean) / self.gene_scale
+        if self.residuals is None:
+            standardized = standardized.clamp(-10, 10)
         return standardized, (log_library - self.library[0]) / self.library[1]
 
     def raw_tokens(self, x: Tensor, log_library: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class GeneExpressionEncoder(nn.Module):
         Parameters
         ----------
         x
-            (B, genes) standardized log-expression; a masked gene is 0, its mean.
+            (B, genes) standardized log-expression or residuals; a masked gene is 0, its mean.
         log_library
             (B,) standardized log library size, needed when the encoder has a library token.
 

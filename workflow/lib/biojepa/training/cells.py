@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -148,12 +148,29 @@ class CellStore:
         out[row, column] = value
         return out
 
-    def moments(self, cells: Tensor, block: int = 4096) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (genes,) of the log-expression of ``cells``."""
+    def gene_shares(self, cells: Tensor, target_sum: float, block: int = 4096) -> Tensor:
+        """Share of each gene (genes,) in all UMIs of ``cells``, those of genes that are not kept included."""
+        counts = torch.zeros(self.n_genes, dtype=torch.float64, device=self.device)
+        for part in cells.split(block):
+            size_factor = self.log_library[part].double().exp() / target_sum
+            counts += size_factor @ self.rows(part).double().expm1()
+        return (counts / self.log_library[cells].double().exp().sum()).float()
+
+    def moments(
+        self,
+        cells: Tensor,
+        block: int = 4096,
+        transform: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (genes,) of the log-expression of ``cells``.
+
+        Or of what ``transform`` makes of log-expression (B, genes) and log library sizes (B,).
+        """
         total = torch.zeros(self.n_genes, dtype=torch.float64, device=self.device)
         squares = torch.zeros_like(total)
         for part in cells.split(block):
-            x = self.rows(part).double()
+            x = self.rows(part)
+            x = (x if transform is None else transform(x, self.log_library[part])).double()
             total, squares = total + x.sum(dim=0), squares + x.square().sum(dim=0)
         mean = total / len(cells)
         variance = (squares / len(cells) - mean.square()).clamp(min=0)

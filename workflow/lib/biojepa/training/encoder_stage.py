@@ -40,6 +40,8 @@ TASKS = ("masked_genes", "control_to_perturbed")
 REGULARIZERS = ("per_token", "flat", "sigreg")
 REGULARIZED = ("context", "prediction")
 MASKINGS = ("genes", "modules")
+LOG1P, RESIDUALS = "log1p", "pearson_residuals"
+INPUTS = (LOG1P, RESIDUALS)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class EncoderSettings:
 
     Attributes
     ----------
+    input
+        What cells are embedded from: ``log1p`` expression, or analytic ``pearson_residuals`` of its counts,
+        whose gene proportions are those of training cells. What is predicted is log1p expression in any case.
     hidden, num_tokens, embed_dim, depth, heads, dropout
         Size of :class:`GeneExpressionEncoder`.
     predictor_width, predictor_depth
@@ -88,6 +93,7 @@ class EncoderSettings:
         Steps between measurements of collapse, and between checkpoints.
     """
 
+    input: str = LOG1P
     hidden: tuple[int, ...] = (512,)
     num_tokens: int = 8
     embed_dim: int = 64
@@ -120,6 +126,7 @@ class EncoderSettings:
 
     def __post_init__(self) -> None:
         choices = {
+            "input": INPUTS,
             "task": TASKS,
             "masking": MASKINGS,
             "regularizer": REGULARIZERS,

@@ -28,6 +28,7 @@ from biojepa.pairs import (
     Pairs,
     declare_use,
     refuse_leaked_pairs,
+    target_sum_of,
     trainable_labels,
     validation_labels,
 )
@@ -170,6 +171,8 @@ def train_model(
         When the embedding has collapsed.
     DivergenceError
         When a loss or a statistic is not finite any more.
+    InputError
+        When the encoder reads residuals of counts, and ``pairs`` does not say what they were scaled to.
     ValueError
         When ``encoder_from`` is of another split, of other genes, or of another kind or size.
     """
@@ -480,7 +483,12 @@ def _prepare(
         return copy.deepcopy(encoder_from.embedding).to(fold.store.device)
     torch.manual_seed(seed)
     embedding = make_embedding(settings, len(fold.pairs.genes)).to(fold.store.device)
-    embedding.fit_inputs(*fold.store.moments(fold.cells), fold.store.log_library[fold.cells])
+    store, cells = fold.store, fold.cells
+    if embedding.residuals is not None:
+        target_sum = target_sum_of(fold.pairs)
+        embedding.residuals.fit(store.gene_shares(cells, target_sum), target_sum, len(cells))
+    moments = store.moments(cells, transform=embedding.transformed)
+    embedding.fit_inputs(*moments, store.log_library[cells])
     return embedding
 
 

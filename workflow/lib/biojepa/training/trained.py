@@ -16,9 +16,10 @@ from biojepa.errors import InputError
 from biojepa.files import atomic_path
 from biojepa.linear_branch import LinearBranch
 from biojepa.model.biojepa import BioJEPA, BioJEPAConfig
-from biojepa.model.embedding import CellEmbedding, PCAProjection
+from biojepa.model.embedding import CellEmbedding, PCAProjection, PearsonResiduals
 from biojepa.pairs import multi_hot
 from biojepa.readout import Readout
+from biojepa.training.encoder_stage import RESIDUALS
 from biojepa.training.settings import TrainSettings
 
 FORMAT_VERSION = 2
@@ -327,9 +328,10 @@ def load_model(path: str | Path, device: str = "cpu") -> TrainedModel:
 
 def make_embedding(settings: TrainSettings, n_genes: int) -> CellEmbedding:
     """Make the embedding of the settings, not yet fitted."""
+    residuals = PearsonResiduals(n_genes) if settings.encoder.input == RESIDUALS else None
     if settings.embedding == "pca":
-        return CellEmbedding(PCAProjection(n_genes, *PCA_TOKENS))
-    return CellEmbedding(settings.encoder.build(n_genes))
+        return CellEmbedding(PCAProjection(n_genes, *PCA_TOKENS), residuals)
+    return CellEmbedding(settings.encoder.build(n_genes), residuals)
 
 
 def make_predictor(
