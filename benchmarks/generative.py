@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from biojepa.model.encoder import GeneExpressionEncoder
 from biojepa.model.targets import frozen_copy, move_average, while_young
-from biojepa.pairs import CONTROL_CODE, Pairs, trainable_labels
+from biojepa.pairs import CONTROL_CODE, Pairs, counts_of, target_sum_of, trainable_labels
 from biojepa.training.encoder_stage import EncoderSettings
 from biojepa.training.optimization import apply_gradients, make_optimizer
 
@@ -39,7 +39,7 @@ class Cells:
     x
         (N, genes) standardized over these cells, clipped at 10 deviations.
     counts
-        (N, genes) counts, got back from ``expression``.
+        (N, genes) counts, as :func:`~biojepa.pairs.counts_of` gets them back from ``expression``.
     library
         (N,) standardized log library size of the whole transcriptome.
     per_target
@@ -66,20 +66,20 @@ class Cells:
     codes: Tensor
 
     @classmethod
-    def of(cls, pairs: Pairs, device: torch.device, target_sum: float) -> Cells:
+    def of(cls, pairs: Pairs, device: torch.device) -> Cells:
         """Take controls and cells of training perturbations, and nothing else."""
         allowed = np.append(trainable_labels(pairs), CONTROL_CODE)
         chosen = np.flatnonzero(np.isin(pairs.perturbation, allowed))
         expression = torch.from_numpy(pairs.dense(chosen))
         mean, scale = expression.mean(dim=0), expression.std(dim=0).clamp(min=0.1)
         log_library = torch.from_numpy(pairs.log_library_size[chosen].astype(np.float32))
-        per_target = target_sum / log_library.exp()
+        per_target = target_sum_of(pairs) / log_library.exp()
         member = np.vstack([np.zeros((1, len(pairs.perturbed_genes))), pairs.membership])
         codes = [np.eye(len(pairs.perturbed_genes))] if not pairs.codes else list(pairs.codes.values())
         parts = (
             expression,
             ((expression - mean) / scale).clamp(-10, 10),
-            (expression.expm1() / per_target[:, None]).round(),
+            torch.from_numpy(counts_of(pairs, chosen).toarray().astype(np.float32)),
             (log_library - log_library.mean()) / log_library.std(),
             per_target,
             torch.from_numpy(pairs.perturbation[chosen].astype(np.int64)) + 1,

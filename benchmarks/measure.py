@@ -27,6 +27,10 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+# Counts per cell that simulated expression is scaled to.
+TARGET_SUM = 1e4
+
+
 @dataclass(frozen=True)
 class Turns:
     """Seconds per step of each turn: by the clock, and of this process's processors.
@@ -148,16 +152,18 @@ def simulated_pairs(
     perturbation = rng.integers(-1, n_labels, n_cells).astype(np.int32)
     perturbation[: n_cells // 10] = CONTROL_CODE
     batch = rng.integers(batches, size=n_cells).astype(np.int32)
+    log_library = rng.normal(8.5, 0.3, n_cells).astype(np.float32)
+    per_count = np.repeat(TARGET_SUM / np.exp(log_library.astype(np.float64)), counts)
     return Pairs(
         genes=tuple(f"G{i}" for i in range(n_genes)),
-        data=rng.gamma(2.0, 0.5, len(indices)).astype(np.float32),
+        data=np.log1p(rng.geometric(0.6, len(indices)) * per_count).astype(np.float32),
         indices=indices.astype(np.int32),
         indptr=np.append(0, np.cumsum(counts)).astype(np.int64),
         cell_names=tuple(f"cell{i}" for i in range(n_cells)),
         perturbation=perturbation,
         batch=batch,
         batches=tuple(f"b{i}" for i in range(batches)),
-        log_library_size=rng.normal(8.5, 0.3, n_cells).astype(np.float32),
+        log_library_size=log_library,
         partner=np.zeros(n_cells, dtype=np.int64),
         labels=labels,
         sets=("train",) * n_labels,
@@ -167,5 +173,11 @@ def simulated_pairs(
         dose=np.ones(n_labels, dtype=np.float32),
         perturbed_genes=labels,
         codes={"network": rng.standard_normal((n_labels, 64)).astype(np.float32)},
-        facts={"dataset": "simulated", "scheme": "perturbation", "fold": 0, "split_sha256": "0" * 8},
+        facts={
+            "dataset": "simulated",
+            "scheme": "perturbation",
+            "fold": 0,
+            "split_sha256": "0" * 8,
+            "target_sum": TARGET_SUM,
+        },
     )

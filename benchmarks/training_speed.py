@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 import warnings
@@ -212,23 +211,13 @@ class Setting:
         )
 
 
-def target_sum_of(screen: Path) -> float:
-    """Read the target sum of the normalization from the provenance of ``cells.h5ad``."""
-    backed = ad.read_h5ad(screen / "preprocess" / "cells.h5ad", backed="r")
-    target = json.loads(backed.uns["provenance"])["settings"]["target_sum"]
-    backed.file.close()
-    return float(target)
-
-
-def scvi_step(
-    pairs: Pairs, target_sum: float, batch: int, device: torch.device
-) -> Callable[[int], object] | None:
+def scvi_step(pairs: Pairs, batch: int, device: torch.device) -> Callable[[int], object] | None:
     """One epoch of SCVI, divided by its steps; ``None`` where scvi-tools is not installed."""
     try:
         import scvi
     except ImportError:
         return None
-    cells = Cells.of(pairs, torch.device("cpu"), target_sum)
+    cells = Cells.of(pairs, torch.device("cpu"))
     adata = ad.AnnData(cells.counts.numpy())
     scvi.model.SCVI.setup_anndata(adata)
     model = scvi.model.SCVI(adata)
@@ -282,22 +271,20 @@ def rows_of_steps(
 def measure_steps(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Time steps on screens, with the default settings, and on simulated cells."""
     rows = []
-    folds = [
-        (screen.name, read_pairs(pairs_of(screen, 0)), target_sum_of(screen)) for screen in arguments.screens
-    ]
-    folds += [(f"{g} genes, 10 % expressed", simulated_pairs(4000, g), 1e4) for g in arguments.genes]
-    for name, pairs, target_sum in folds:
+    folds = [(screen.name, read_pairs(pairs_of(screen, 0))) for screen in arguments.screens]
+    folds += [(f"{g} genes, 10 % expressed", simulated_pairs(4000, g)) for g in arguments.genes]
+    for name, pairs in folds:
         setting = Setting(pairs, settings_of(arguments), device)
         encoder, latent = setting.settings.encoder, setting.latent()
         contenders = {OURS: setting.our_encoder_step()}
         for workers in arguments.workers:
             contenders[f"plain loop, {workers} workers"] = setting.plain_encoder_step(workers)
-        cells = Cells.of(pairs, device, target_sum)
+        cells = Cells.of(pairs, device)
         for model, kind in GENERATIVE.items():
             torch.manual_seed(0)
             network = kind(encoder, cells) if kind is CountVAE else kind(cells)
             contenders[model] = Trainer(network.to(device), cells, encoder.batch_size).step
-        scvi = scvi_step(pairs, target_sum, encoder.batch_size, device)
+        scvi = scvi_step(pairs, encoder.batch_size, device)
         if scvi is not None:
             contenders["SCVI"] = scvi
         rows += rows_of_steps(
@@ -437,12 +424,12 @@ def our_curve(
 
 
 def generative_curve(
-    judge: Judge, name: str, arguments: argparse.Namespace, target_sum: float, device: torch.device
+    judge: Judge, name: str, arguments: argparse.Namespace, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """Train epoch by epoch; the time of the looks does not count."""
     torch.manual_seed(0)
     began = clock(device)
-    cells = Cells.of(judge.pairs, device, target_sum)
+    cells = Cells.of(judge.pairs, device)
     kind = GENERATIVE[name]
     network = kind(TrainSettings().encoder, cells) if kind is CountVAE else kind(cells)
     trainer = Trainer(network.to(device), cells)
@@ -466,13 +453,12 @@ def measure_quality(arguments: argparse.Namespace, device: torch.device) -> list
     """Train all contenders on all folds; average the curves over perturbations; mark the plateaus."""
     found: list[dict[str, Any]] = []
     for screen in arguments.screens:
-        target_sum = target_sum_of(screen)
         for fold in arguments.folds:
             judge = Judge(screen, fold)
             curves = {
                 f"{OURS}, latent predictor alone": our_curve(judge, arguments, False, device),
                 f"{OURS}, as shipped": our_curve(judge, arguments, True, device),
-                **{n: generative_curve(judge, n, arguments, target_sum, device) for n in GENERATIVE},
+                **{n: generative_curve(judge, n, arguments, device) for n in GENERATIVE},
                 "training mean": iter([{"point": "", "seconds": 0.0, **judge.score(judge.training_mean())}]),
             }
             for name, curve in curves.items():

@@ -241,10 +241,12 @@ def transport_controls(
         pool = pools.pools[pools.pool_of_cell[cells[0]]]
         for part in np.array_split(rng.permutation(cells), -(-len(cells) // max_cells)):
             side = rng.choice(pool, min(len(pool), max_cells), replace=False)
-            cost = cdist(scores[part].astype(np.float64), scores[side].astype(np.float64), "sqeuclidean")
-            plan, facts = ot.emd([], [], cost, numItermax=MAX_ITERATIONS, log=True)
-            if facts["warning"] is not None:
-                raise RuntimeError(f"optimal transport of {cost.shape} cells: {facts['warning']}")
+            plan = np.full((1, len(side)), 1 / len(side))  # of a lone cell there is no other
+            if len(part) > 1:
+                cost = cdist(scores[part].astype(np.float64), scores[side].astype(np.float64), "sqeuclidean")
+                plan, facts = ot.emd([], [], cost, numItermax=MAX_ITERATIONS, log=True)
+                if facts["warning"] is not None:
+                    raise RuntimeError(f"optimal transport of {cost.shape} cells: {facts['warning']}")
             reached = np.cumsum(plan, axis=1)
             drawn = rng.random(len(part)) * reached[:, -1]
             partner[part] = side[(reached > drawn[:, None]).argmax(axis=1)]
