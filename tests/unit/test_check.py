@@ -124,7 +124,8 @@ def test_what_is_said_is_what_the_run_then_makes(folder):
             }
     freeze_split("cells.h5ad", "split.tsv", "mine", "perturbation", 0, pair)
     facts = {"dataset": "mine", "scheme": "perturbation", "fold": 0, "seed": 0, "split_sha256": ""}
-    coverage = build_pairs("cells.h5ad", "split.tsv", "pairs.h5", ["net.tsv"], [], pair, facts)
+    tables = build_pairs("cells.h5ad", "split.tsv", "pairs.h5", ["net.tsv"], [], pair, facts)
+    coverage = tables.coverage
     assert said["coverage"]["genes"] == len(coverage)
     (net,) = said["coverage"]["sources"]
     assert net == {"name": "net", "kind": "network", "covers": coverage.net.sum(), "hint": ""}
