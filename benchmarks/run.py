@@ -75,6 +75,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "preprocess_against_scanpy": Benchmark(
         "preprocess against plain scanpy in memory, same result", "preprocess_against_scanpy.py"
     ),
+    "demo_time": Benchmark("the demo's time by rule: what is start-up, what is work", "demo_time.py"),
     "training_choices": Benchmark(
         "what parts of the model and settings of its training contribute",
         "compare_training.py results/development_1 results/development_2 results/development_3 "
