@@ -23,6 +23,8 @@ GENES = [f"G{i:02d}" for i in range(40)]
 N_CELLS = 252
 FETCHED = "resources/datasets"
 
+PREPROCESSED = ("preprocessed", "--until", "preprocess")
+
 
 def screen():
     """Return counts, labels and barcodes of 24 cells of eight perturbations and 60 controls."""
@@ -121,7 +123,8 @@ def run(checkout, web, tmp_path_factory):
         "run": pipeline.names,
         "preprocess": {"min_cells_per_perturbation": 10, "permutations": 20},
     }
-    pipeline.answer = pipeline.run("preprocessed", "--keep-going", config=pipeline.config, base=None)
+    # The pages of quality control would be drawn for nothing: a map of each takes long.
+    pipeline.answer = pipeline.run(*PREPROCESSED, "--keep-going", config=pipeline.config, base=None)
     return pipeline
 
 
@@ -209,7 +212,7 @@ def test_records_follow_an_unpacked_file_to_its_address(run):
 
 def test_nothing_is_done_again_when_nothing_changed(run):
     sound = run.config | {"run": SOUND}
-    answer = run.run("preprocessed", "--dry-run", config=sound, base=None)
+    answer = run.run(*PREPROCESSED, "--dry-run", config=sound, base=None)
     assert "Nothing to be done" in answer.stdout
 
 
@@ -219,7 +222,7 @@ def test_a_changed_local_file_is_verified_again(run):
     before = path.read_bytes()
     path.write_bytes(before + b"more")
     try:
-        answer = run.run("preprocessed", config=only, base=None)
+        answer = run.run(*PREPROCESSED, config=only, base=None)
     finally:
         path.write_bytes(before)
     assert answer.returncode != 0

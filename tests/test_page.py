@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 
 from biojepa.models import ABLATION_MODELS
+from biojepa.qc_report import build_qc_report
 from biojepa.report import IndexEntry, ReportInputs, build_index, build_report
 from biojepa.report.glossary import category_label, metric_text, model_text
+from qc_case import make_qc_inputs
 from report_case import HOSTILE, NASTY, make_inputs
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -358,4 +360,40 @@ def test_index_sorts_and_shows_names_as_they_are(browser, inputs: ReportInputs, 
     assert metric_text(inputs.headline_metrics[0]).label in opened.texts("#overview tbody td")[5]
     opened.page.set_viewport_size(PHONE)
     assert opened.page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    opened.close()
+
+
+def test_quality_control_is_summed_up_first_and_its_table_sorts_and_filters(browser, tmp_path: Path) -> None:
+    inputs = make_qc_inputs()
+    path = tmp_path / "qc.html"
+    path.write_text(build_qc_report(inputs), encoding="utf-8")
+    opened = Report.open(browser, path, DESKTOP)
+    page = opened.page
+    box = page.locator("ul.told").bounding_box()
+    assert page.locator(".verdict").bounding_box()["y"] < box["y"]
+    assert box["y"] + box["height"] <= DESKTOP["height"]
+    opened.scroll_through()
+
+    def first(column: int) -> list[str]:
+        return opened.texts(f"#q-table tbody td:nth-child({column})")
+
+    # Opened by effect, the order of the table, in which names look like markup.
+    assert first(1) == inputs.perturbations["perturbation"].tolist()[:25]
+    page.locator("#q-table th button").nth(1).click()
+    by_cells = inputs.perturbations["n_cells"].sort_values(ascending=False)
+    assert [number(text) for text in first(2)] == by_cells.tolist()[:25]
+    page.select_option("#q-flag", "weak")
+    weak = inputs.perturbations[inputs.perturbations["flag"] == "weak"]
+    assert sorted(first(1)) == sorted(weak["perturbation"])
+    page.select_option("#q-flag", "")
+    page.fill("#q-filter", HOSTILE.upper())
+    assert first(1) == [HOSTILE]
+    assert page.locator("#q-table td *").count() == 0
+    page.select_option('[data-select="map"]', "UMIs")
+    page.click("#theme")
+    assert page.evaluate("document.querySelector('[data-figure=map]').data[0].marker.cmin > 0")
+    page.set_viewport_size(PHONE)
+    page.wait_for_function(
+        "w => document.documentElement.scrollWidth === w", arg=PHONE["width"], timeout=5000
+    )
     opened.close()

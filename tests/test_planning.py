@@ -7,7 +7,7 @@ from workflow_case import Pipeline
 MODELS = ["mean", "ridge", "biojepa", "shuffled_priors"]
 # Jobs of the scheme that holds nothing out, on one dataset.
 NOTHING_HELD_OUT = {"simulate": 1, "preprocess": 1, "freeze_split": 1, "pair": 1, "train": 2}
-PAGES = {"unevaluated": 1, "index": 1, "provenance": 1}
+PAGES = {"qc_report": 1, "unevaluated": 1, "index": 1, "provenance": 1}
 
 
 @pytest.fixture(scope="module")

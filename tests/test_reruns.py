@@ -34,7 +34,7 @@ def test_a_second_run_has_nothing_to_do(finished):
         ({"train": {"predictor": {"steps": 31}}}, {"train": 8, **AFTER_TRAINING, **SCORED}),
         (
             {"pair": {"prior_dim": 8}},
-            {k: n for k, n in ALL_JOBS.items() if k not in ("simulate", "preprocess")},
+            {k: n for k, n in ALL_JOBS.items() if k not in ("simulate", "preprocess", "qc_report")},
         ),
         ({"preprocess": {"permutations": 21}}, {k: n for k, n in ALL_JOBS.items() if k != "simulate"}),
         (

@@ -35,7 +35,7 @@ def run(checkout, tmp_path_factory):
         "pair": {"context_column": "batch", "contexts": [CONTEXT], "list": "held_out.tsv", "n_folds": 4},
     }
     (pipeline.folder / "held_out.tsv").write_text("perturbation\tset\n", encoding="utf-8")
-    answer = pipeline.run("preprocessed", config=config)
+    answer = pipeline.run("preprocessed", "--until", "preprocess", config=config)
     assert answer.returncode == 0, answer.stdout
     labels = sorted(set(pipeline.cells().obs["perturbation"].astype(str)) - {"control"})
     singles = [label for label in labels if "+" not in label]

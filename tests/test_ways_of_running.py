@@ -23,7 +23,7 @@ from workflow_case import CONFIGS, TINY, Pipeline, call, serve
 
 # One fold and few models: what each rule imports does not depend on how many.
 FEW = {"folds": [0], "models": ["mean", "no_change", "kernel_ridge", "biojepa", "biojepa_ridge"]}
-ENVIRONMENTS = ("download", "preprocess", "train", "embed", "umap", "evaluate", "report")
+ENVIRONMENTS = ("download", "preprocess", "train", "embed", "umap", "evaluate", "report", "qc_report")
 # Rules that the few models and the simulated screen have no work for. They share the environment and the
 # library with rules that are run.
 NOT_RUN = {"other_screen", "user_predictions", "unevaluated", "predict"}
@@ -189,7 +189,8 @@ def test_every_environment_was_made_and_holds_what_its_file_asks_for_alone(by_co
     assert {"scanpy", "anndata"} <= found["preprocess"] and "torch" not in found["preprocess"]
     assert "gseapy" in found["evaluate"] and not found["evaluate"] & {"torch", "scanpy"}
     assert "umap" in found["umap"] and not found["umap"] & {"torch", "scanpy"}
-    assert not found["report"] & {"torch", "scanpy", "gseapy"}
+    assert not found["report"] & {"torch", "scanpy", "gseapy", "umap"}
+    assert "umap" in found["qc_report"] and not found["qc_report"] & {"torch", "scanpy", "gseapy"}
     assert not any(imported(prefix / "bin" / "python", "snakemake") for prefix in made.values())
 
 

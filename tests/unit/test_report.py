@@ -93,6 +93,12 @@ def test_page_refers_to_nothing_outside_itself(page: str, inputs: ReportInputs) 
     assert "default-src 'none'" in page
 
 
+def test_quality_control_is_linked_where_its_page_is(page: str, inputs: ReportInputs) -> None:
+    found = Page(section(build_report(replace(inputs, qc_page="../../x/preprocess/qc.html")), "quality"))
+    assert found.addresses == ["../../x/preprocess/qc.html"]
+    assert Page(section(page, "quality")).addresses == []
+
+
 def test_own_scripts_hold_no_address_and_offer_no_upload() -> None:
     folder = Path(figures.__file__).parent
     for name in ("plots.js", "explorer.js", "tables.js", "theme.js"):
@@ -397,8 +403,13 @@ def test_index_compares_datasets_and_links_to_reports(inputs: ReportInputs) -> N
     other = inputs.summary.assign(mean=inputs.summary["mean"] / 2)
     entries = [
         IndexEntry(
-            "norman", "perturbation", inputs.summary, inputs.verdict, "norman/perturbation/report.html"
-        ),
+            "norman",
+            "perturbation",
+            inputs.summary,
+            inputs.verdict,
+            "norman/perturbation/report.html",
+            qc_href="norman/preprocess/qc.html",
+        ),  # fmt: skip
         IndexEntry("<b>mine</b>", "gene", other, {}, "mine/gene/report.html"),
     ]
     page = build_index(entries)
@@ -406,7 +417,8 @@ def test_index_compares_datasets_and_links_to_reports(inputs: ReportInputs) -> N
     assert f"{score:.3f}" in page
     assert f"{score / 2:.3f}" in page
     assert "<b>mine</b>" not in page
-    assert {a for a in Page(page).addresses if not a.startswith("#")} == {e.href for e in entries}
+    linked = {e.href for e in entries} | {"norman/preprocess/qc.html"}
+    assert {a for a in Page(page).addresses if not a.startswith("#")} == linked
     assert "http:" not in page
     assert "https" not in page
     with pytest.raises(InputError, match="no report"):

@@ -56,7 +56,8 @@ def test_the_page_says_that_nothing_is_evaluated_and_what_was_trained_on_what():
 
 def test_the_page_leads_to_what_is_evaluated_and_predicted():
     page = page_of(reports={"gene": "../gene/report.html"}, predictions="../predict/predictions.tsv")
-    assert links_of(page) == ["../gene/report.html", "../predict/predictions.tsv"]
+    qc = "../../demo/preprocess/qc.html"
+    assert links_of(page) == ["../gene/report.html", "../predict/predictions.tsv", qc]
     assert "is not known" not in page and "nothing is asked for" not in page
     alone = page_of()
     assert "is not known. Add the scheme perturbation" in alone and "nothing is asked for here" in alone
@@ -116,6 +117,7 @@ def test_the_script_writes_the_page_of_the_trainings_it_is_given(tmp_path):
                 trainings=[{"model": "biojepa", "fold": 0, "seed": seed} for seed in (5, 6)],
                 schemes=["gene"],
                 predicts=True,
+                qc_page="../../demo/preprocess/qc.html",
                 settings={"seeds": [5, 6]},
             ),
             output=SimpleNamespace(html=tmp_path / "report.html"),
@@ -126,4 +128,5 @@ def test_the_script_writes_the_page_of_the_trainings_it_is_given(tmp_path):
         ["biojepa", "5", "90 s"],
         ["biojepa", "6", "3.33 min"],
     ]
-    assert links_of(page) == ["../gene/report.html", "../predict/predictions.tsv"]
+    qc = "../../demo/preprocess/qc.html"
+    assert links_of(page) == ["../gene/report.html", "../predict/predictions.tsv", qc]

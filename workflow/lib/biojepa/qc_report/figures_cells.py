@@ -45,7 +45,7 @@ METRICS = {
 }
 # Batches drawn, and batches whose limits are drawn one by one.
 MAX_BATCHES, MAX_LIMITS = 40, 6
-MAX_GUIDES = 2_000
+MAX_GUIDES = 1_000
 LIMITS = {"limit_low": "lower limit", "limit_high": "upper limit"}
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"}
 

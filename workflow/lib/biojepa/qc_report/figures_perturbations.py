@@ -15,7 +15,8 @@ from biojepa.report.figures_quality import effect_figure, on_target_figure
 from biojepa.report.tables import format_count, format_p, format_percent
 
 SIGNIFICANT = 0.05
-MAX_DRAWN = 2_000
+# Points of a kind in one figure: those of a genome-wide screen take less than a megabyte together.
+MAX_DRAWN = 1_000
 COLORS = ("@c1", "@c2", "@c3", "@c4", "@c5", "@c6", "@c7")
 # Names a colour-blind reader can tell apart, as the page's own colours are.
 SCALE = "Cividis"
@@ -39,7 +40,12 @@ def effect_figures(inputs: QcInputs) -> list[Figure]:
     table = inputs.perturbations
     if table.empty:
         return []
-    found = [on_target_figure(table), effect_ranking(table), changed_genes(table), effect_figure(table)]
+    found = [
+        on_target_figure(table, MAX_DRAWN),
+        effect_ranking(table),
+        changed_genes(table),
+        effect_figure(table, MAX_DRAWN),
+    ]
     if RESPONDING_SHARE in table:
         found.append(_responding_figure(table))
     if inputs.guides is not None and len(inputs.guides):

@@ -177,8 +177,8 @@ def on_target_points(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["perturbation", "gene", "log2fc", "p"])
 
 
-def on_target_figure(table: pd.DataFrame) -> Figure | None:
-    """Draw the change of each measured target against its p-value, as in ``perturbations.tsv``."""
+def on_target_figure(table: pd.DataFrame, limit: int = MAX_POINTS) -> Figure | None:
+    """Draw the change of at most ``limit`` measured targets against p, as in ``perturbations.tsv``."""
     points = on_target_points(table)
     if points.empty:
         return None
@@ -186,7 +186,7 @@ def on_target_figure(table: pd.DataFrame) -> Figure | None:
     height = [-math.log10(max(p, smallest)) if not math.isnan(p) else 0.0 for p in points["p"]]
     threshold = 0.05
     clear = (points["p"] < threshold) & (points["log2fc"].abs() >= 0.25)
-    drawn = np.isin(np.arange(len(points)), evenly(points, MAX_POINTS).index)
+    drawn = np.isin(np.arange(len(points)), evenly(points, limit).index)
     data = []
     for chosen, name, color in ((clear, "moved", "@main"), (~clear, "not clearly moved", "@negative")):
         keep = chosen.to_numpy() & drawn
@@ -213,7 +213,7 @@ def on_target_figure(table: pd.DataFrame) -> Figure | None:
         shows="Change of the perturbed gene itself against control cells, for genes that were measured.",
         read="Knock-down lies to the left, activation to the right. A guide near 0 may not work.",
         n=f"{format_count(len(points))} measured targets, {format_percent(down)} of them down; at most "
-        f"{format_count(MAX_POINTS)} drawn",
+        f"{format_count(limit)} drawn",
         thresholds=f"moved: p < {threshold:g} (rank test, not corrected) and |log2 fold change| ≥ 0.25",
         misleads="A knock-out can leave the transcript untouched and still remove the protein. p depends on "
         "the number of cells. Genes outside the measured panel are not shown.",
@@ -227,8 +227,8 @@ def on_target_figure(table: pd.DataFrame) -> Figure | None:
     return Figure("on-target", {"": {"data": data, "layout": layout}}, caption, height=360)
 
 
-def effect_figure(table: pd.DataFrame) -> Figure | None:
-    """Draw the effect size of each perturbation against its cells, as in ``perturbations.tsv``."""
+def effect_figure(table: pd.DataFrame, limit: int = MAX_POINTS) -> Figure | None:
+    """Draw effect sizes against cells, as in ``perturbations.tsv``; at most ``limit`` of each kind."""
     rows = table[table["perturbation"] != contracts.CONTROL].dropna(subset=["effect_size", "n_cells"])
     if rows.empty:
         return None
@@ -238,7 +238,7 @@ def effect_figure(table: pd.DataFrame) -> Figure | None:
         (clear, "q < 0.05", "@main", "circle"),
         (~clear, "no detectable effect", "@negative", "circle-open"),
     ):
-        part = evenly(rows[chosen], MAX_POINTS)
+        part = evenly(rows[chosen], limit)
         data.append(
             {
                 "type": "scatter",
@@ -258,7 +258,7 @@ def effect_figure(table: pd.DataFrame) -> Figure | None:
         shows="Energy distance (unbiased) between the cells of a perturbation and control cells.",
         read="Open circles could not be told from control; no model can be asked to predict them.",
         n=f"{format_count(clear.sum())} of {format_count(len(rows))} have a detectable effect; at most "
-        f"{format_count(MAX_POINTS)} of each kind drawn",
+        f"{format_count(limit)} of each kind drawn",
         thresholds="q < 0.05, permutation test, Benjamini–Hochberg over perturbations",
         misleads="More cells make a smaller effect detectable. This describes the whole screen, held-out "
         "cells included; nothing in it is used in training.",

@@ -1,0 +1,349 @@
+"""The page of quality control shows its tables, names what to look at, and shows names as they are."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from dataclasses import replace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+from scipy import sparse
+from sklearn.decomposition import PCA
+
+from biojepa.contracts import GUIDE_CALLS_COLUMNS, GUIDE_UMIS_COLUMNS, GUIDES_PER_CELL_COLUMNS
+from biojepa.errors import InputError
+from biojepa.qc_report import QcInputs, build_qc_report, figures_cells, figures_perturbations, read, summary
+from biojepa.qc_report.page import MAX_ROWS, perturbation_rows
+from biojepa.report.page import asset
+from qc_case import make_perturbations, make_qc_inputs
+from report_case import HOSTILE, NASTY
+
+
+@pytest.fixture(scope="module")
+def inputs() -> QcInputs:
+    return make_qc_inputs()
+
+
+@pytest.fixture(scope="module")
+def page(inputs: QcInputs) -> str:
+    return build_qc_report(inputs)
+
+
+def embedded(page: str) -> dict:
+    """Return the data that the page's scripts read."""
+    return json.loads(re.search(r'id="report-data">(.*?)</script>', page, re.S).group(1))
+
+
+def without_guides(inputs: QcInputs) -> QcInputs:
+    """Return the inputs of a screen that came with labels."""
+    return replace(
+        inputs,
+        guide_calls=pd.DataFrame(columns=list(GUIDE_CALLS_COLUMNS)),
+        guides_per_cell=pd.DataFrame(columns=list(GUIDES_PER_CELL_COLUMNS)),
+        guide_umis=pd.DataFrame(columns=list(GUIDE_UMIS_COLUMNS)),
+    )
+
+
+def figure(figures: list, key: str):
+    return next(found for found in figures if found.key == key)
+
+
+def trace(spec: dict, name: str) -> dict:
+    return next(found for found in spec["data"] if found["name"] == name)
+
+
+def test_page_refers_to_its_tables_and_reports_alone(page: str, inputs: QcInputs) -> None:
+    body = re.sub(r"<script.*?</script>|<style>.*?</style>", "", page, flags=re.S)
+    addresses = re.findall(r'(?:href|src)="([^#"][^"]*)"', body)
+    assert sorted(set(addresses)) == sorted({*inputs.files, *inputs.reports.values()})
+    assert page.count(str(asset("plotly.js"))) == 1
+
+
+def test_every_figure_is_valid_plotly_and_fully_captioned(page: str) -> None:
+    figures = embedded(page)["figures"]
+    for key, content in figures.items():
+        for _, spec in content["options"]:
+            painted = json.loads(re.sub(r'"@\w+"', '"#000000"', json.dumps(spec)))
+            go.Figure(painted)  # raises for a key that plotly does not know
+            assert spec["data"], key
+    for name in ("shows", "how", "n", "thresholds"):
+        texts = re.findall(rf'<span class="{name}">(.+?)</span>', page)
+        assert len(texts) == len(figures) >= 13
+
+
+def test_every_colour_token_is_defined(page: str) -> None:
+    used = set(re.findall(r'"@(\w+)"', json.dumps(embedded(page))))
+    assert used <= set(re.findall(r"--(\w+):", str(asset("style.css"))))
+
+
+def test_names_that_look_like_markup_stay_text(page: str) -> None:
+    plain = re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    for name in [*NASTY, "screen <i>one</i>"]:
+        assert name not in plain or html.escape(name) == name
+    assert "screen &lt;i&gt;one&lt;/i&gt;" in plain
+    data = embedded(page)
+    assert data["rows"]["columns"][0]["values"][: len(NASTY)] == list(NASTY)  # shown by textContent
+    ranked = data["figures"]["effect-ranking"]["options"][0][1]
+    assert ranked["data"][0]["customdata"][0][0] == html.escape(HOSTILE, quote=False)
+    assert all("<b>" not in note["text"] for note in ranked["layout"]["annotations"])
+
+
+def test_filters_carry_their_thresholds(page: str) -> None:
+    spec = embedded(page)["figures"]["funnel"]["options"][0][1]
+    assert spec["data"][0]["x"] == [3000, 2700, 2500, 2400, 2260, 2260]
+    assert spec["data"][1]["x"] == [0, 300, 200, 100, 140, 0]
+    labels = [re.sub("<.*?>", "|", label) for label in spec["data"][0]["y"]]
+    assert labels[3] == "min counts||≥ 500 UMIs|"
+    assert labels[1] == "no guide||mixture, posterior ≥ 0.5, ≥ 5 UMIs|"
+
+
+def test_distributions_are_the_bins_of_the_table_with_the_limits_of_each_batch(inputs: QcInputs) -> None:
+    found = figure(figures_cells.distribution_figures(inputs), "distribution-n_genes")
+    bins = inputs.distributions[inputs.distributions["metric"] == "n_genes"]
+    limits = inputs.batches[inputs.batches["metric"] == "n_genes"]
+    spec = found.options["all cells"]
+    kept = trace(spec, "kept")
+    assert kept["y"][:-1] == bins["cells_kept"].tolist()
+    assert kept["x"] == pytest.approx([*bins["bin_low"], bins["bin_high"].iloc[-1]])
+    poor = trace(spec, "of poor quality")
+    assert poor["customdata"][:-1] == bins["cells_low_quality"].tolist()
+    # An area begins where the one under it ends, so that what is seen of it is its own part.
+    assert np.subtract(poor["y"], kept["y"]).tolist() == poor["customdata"]
+    assert trace(spec, "without one perturbation")["y"][:-1] == bins["cells"].tolist()
+    drawn = sorted(shape["x0"] for shape in spec["layout"]["shapes"])
+    assert drawn == pytest.approx(sorted([*limits["limit_low"], *limits["limit_high"]]))
+    boxes = found.options["batch by batch"]["data"]
+    assert boxes[0]["median"] == pytest.approx(limits["median"].tolist())
+    assert boxes[1]["x"] == pytest.approx(limits["limit_low"].tolist())
+    mito = figure(figures_cells.distribution_figures(inputs), "distribution-pct_mito")
+    assert mito.caption.thresholds == "at most 12.0 to 13.2 % of UMIs, by batch"
+
+
+def test_guides_are_those_of_the_tables(inputs: QcInputs) -> None:
+    figures = figures_cells.guide_figures(inputs)
+    knee = figure(figures, "knee").spec
+    seen = inputs.guide_umis[inputs.guide_umis["guide_umis"] > 0]
+    assert (knee["data"][0]["x"], knee["data"][0]["y"]) == (
+        seen["rank"].tolist(),
+        seen["guide_umis"].tolist(),
+    )
+    assert knee["layout"]["shapes"][0]["y0"] == 6
+    bars = {bar["name"]: (bar["x"], bar["y"]) for bar in figure(figures, "guides-per-cell").spec["data"]}
+    assert bars["assigned"] == (["1"], [2500]) and bars["more than accepted"] == (["2"], [200])
+    spec = figure(figures, "guide-cells").spec
+    assert trace(spec, "control")["y"] == [400]
+    assert trace(spec, "threshold borrowed from other guides")["y"] == [380]
+    assert len(trace(spec, "targeting")["y"]) == 38
+
+
+def test_perturbations_are_ranked_with_the_minimum_drawn(inputs: QcInputs) -> None:
+    cells = figure(figures_perturbations.perturbation_figures(inputs), "cells").spec
+    points = sorted((x, y) for found in cells["data"] for x, y in zip(found["x"], found["y"], strict=True))
+    assert [y for _, y in points] == sorted(inputs.perturbations["n_cells"], reverse=True)
+    assert 25 in [shape["y0"] for shape in cells["layout"]["shapes"]]
+    ranking = figures_perturbations.effect_ranking(inputs.perturbations).spec
+    clear = inputs.perturbations.query("effect_q < 0.05")
+    assert trace(ranking, "q < 0.05")["y"] == pytest.approx(clear["effect_size"].tolist(), rel=1e-3)
+    named = [name for note in ranking["layout"]["annotations"] for name in note["text"].split(", ")]
+    assert named == [html.escape(name, quote=False) for name in clear["perturbation"][: len(named)]]
+    genes = figures_perturbations.changed_genes(inputs.perturbations).spec
+    assert sum(map(len, (found["x"] for found in genes["data"]))) == len(inputs.perturbations)
+
+
+def test_the_map_colours_the_strongest_perturbations_and_each_batch(inputs: QcInputs) -> None:
+    found = figures_perturbations.map_figure(inputs)
+    assert list(found.options) == ["perturbation", "batch", "UMIs"]
+    by_name = found.options["perturbation"]["data"]
+    assert [len(part["x"]) for part in by_name if part["name"] == "control"] == [
+        (inputs.cell_map["perturbation"] == "control").sum()
+    ]
+    top = [part["name"] for part in by_name[2:]]
+    assert top == [
+        html.escape(name, quote=False) for name in inputs.perturbations["perturbation"][: len(top)]
+    ]
+    assert sum(len(part["x"]) for part in by_name) == len(inputs.cell_map)
+    umis = found.options["UMIs"]["data"][0]
+    assert umis["marker"]["color"] == pytest.approx(np.log10(inputs.cell_map["library_size"]), rel=1e-3)
+    phases = replace(inputs, cell_map=inputs.cell_map.assign(phase="G1", responding_posterior=0.5))
+    assert list(figures_perturbations.map_figure(phases).options)[-2:] == [
+        "posterior of responding",
+        "phase of the cell cycle",
+    ]
+
+
+def test_the_table_holds_every_perturbation_strongest_first(inputs: QcInputs) -> None:
+    rows = perturbation_rows(inputs.perturbations)
+    columns = {column["key"]: column for column in rows["columns"]}
+    assert columns["effect_size"]["values"] == pytest.approx(inputs.perturbations["effect_size"], rel=1e-3)
+    at = columns["perturbation"]["values"].index("GENE1+GENE2")
+    assert columns["on_target_log2fc"]["shown"][at] == "−1.25; –"
+    assert columns["on_target_log2fc"]["values"][at] == -1.25
+    assert rows["flags"] == ["weak"]
+    assert "responding_share" not in columns
+    more = perturbation_rows(inputs.perturbations.assign(responding_share=0.5))
+    assert more["columns"][-2]["values"] == [0.5] * 30
+    many = perturbation_rows(make_perturbations(MAX_ROWS + 7))
+    assert (len(many["columns"][0]["values"]), many["total"]) == (MAX_ROWS, MAX_ROWS + 7)
+
+
+def test_the_summary_says_what_the_tables_hold(inputs: QcInputs, page: str) -> None:
+    text = " ".join(summary.sentences(inputs)).replace("\u202f", " ")
+    clear = int((inputs.perturbations["effect_q"] < 0.05).sum())
+    assert "Of 3 000 cells, 2 260 (75 %) were kept." in text
+    assert "lost to no guide (300), too many guides (200), max pct mito (140)" in text
+    assert "30 perturbations, 1 of them combinations, and 240 control cells in 3 batches" in text
+    assert "9 123 UMIs and 2 500 of 8 000 genes; 4.2 % of its UMIs" in text
+    assert f"{clear} of 30 perturbations" in text
+    assert "Of 30 measured targets, 30 fell and 0 rose" in text
+    assert "Guides were called in 83 % of the cells; 10 % have none" in text
+    # One guide was called nowhere, and that is all there is to look at.
+    assert [item.found for item in summary.warnings(inputs)] == [
+        "1 of 40 guides were called in no cell: g38."
+    ]
+    assert page.index("1 thing to look at") < page.index("Of 3\u202f000 cells")
+
+
+def warned(inputs: QcInputs) -> str:
+    return " ".join(item.found for item in summary.warnings(inputs)).replace("\u202f", " ")
+
+
+def test_each_problem_is_named(inputs: QcInputs) -> None:
+    cells, table = inputs.cells, inputs.perturbations
+    few = cells.batches.assign(controls=[240, 3, 9])
+    assert "2 of 3 batches have fewer than 10 control cells: lane1, lane2." in warned(
+        replace(inputs, cells=replace(cells, batches=few))
+    )
+    assert "Only 99 control cells." in warned(replace(inputs, cells=replace(cells, n_controls=99)))
+    assert "2 of 30 perturbations lie in a single batch each: A, B." in warned(
+        replace(inputs, cells=replace(cells, in_one_batch=("A", "B")))
+    )
+    lost = inputs.qc.assign(cells_removed=[300, 200, 100, 700, 0])
+    assert "The filter max pct mito (≤ 20 %) removed 29 % of the cells" in warned(replace(inputs, qc=lost))
+    shares = inputs.guides_per_cell.assign(share=[0.5, 0.15, 0.35])
+    assert "No guide was called in 50 % of the cells. 35 % of the cells carry more" in warned(
+        replace(inputs, guides_per_cell=shares)
+    )
+    shallow = replace(cells, medians={**cells.medians, "library_size": 800.0})
+    assert "The median cell has only 800 UMIs." in warned(replace(inputs, cells=shallow))
+    assert "only 800" not in warned(replace(inputs, cells=replace(shallow, n_genes=300)))  # a panel of genes
+    uneven = inputs.batches.copy()
+    uneven.loc[0, "median"] = 3_000.0
+    assert "9 900 UMIs in lane2, 3 000 in lane0" in warned(replace(inputs, batches=uneven))
+    still = table.assign(on_target_p="0.5")
+    assert "Only 0 % of 30 measured targets went down clearly" in warned(replace(inputs, perturbations=still))
+    assert "went" not in warned(  # the transcript of a knock-out may stay as it is
+        replace(inputs, perturbations=still, cells=replace(cells, types=("CRISPRko",)))
+    )
+    weak = table.assign(effect_q=0.5, flag="weak;one_guide;guides_disagree")
+    text = warned(replace(inputs, perturbations=weak))
+    assert "Only 0 % of 30 perturbations change cells detectably. 30 of 30 perturbations rest on one" in text
+    assert (
+        f"Guides of 30 perturbations disagree: {', '.join(NASTY)}, GENE0, GENE1, GENE2 and 22 more." in text
+    )
+    wrong = table.assign(flag=["target_wrong_direction", *[""] * 29])
+    assert f"1 perturbation moved the target the wrong way: {HOSTILE}." in warned(
+        replace(inputs, perturbations=wrong)
+    )
+
+
+def test_a_screen_that_comes_with_labels_has_no_guides_on_its_page(inputs: QcInputs) -> None:
+    plain = without_guides(inputs)
+    plain = replace(plain, perturbations=plain.perturbations.assign(n_guides=0), cell_map=None)
+    text = build_qc_report(plain)
+    assert not {"knee", "guides-per-cell", "guide-cells", "guides-per-perturbation", "map"} & set(
+        embedded(text)["figures"]
+    )
+    assert 'href="#guides"' not in text and 'href="#map"' not in text
+    assert "Perturbations came with the cells; no guides were counted." in text
+    assert "Nothing stands out" in text and "to look at" not in text
+
+
+def test_agreement_of_guides_is_shown_where_it_was_measured(inputs: QcInputs) -> None:
+    guides = pd.DataFrame(
+        {"guide_id": ["a", "b", "c"], "perturbation": "GENE1", "n_cells": 40, "on_target_log2fc": -1.0,
+         "effect_size": [1.0, 2.0, 0.1], "agreement": [0.9, 0.8, np.nan], "p": 0.1, "q": [0.5, 0.01, np.nan],
+         "flag": ["", "discordant", ""]}
+    )  # fmt: skip
+    found = figures_perturbations.effect_figures(
+        replace(inputs, guides=guides, perturbations=inputs.perturbations.assign(responding_share=0.25))
+    )
+    spec = figure(found, "guide-agreement").spec
+    assert trace(spec, "disagrees with its siblings")["x"] == [0.8]
+    assert trace(spec, "agrees")["y"] == [1.0]
+    assert figure(found, "responding").spec["data"][0]["y"] == [0.25] * 30
+    with pytest.raises(InputError, match=r"QC page of .*, guides: found columns guide_id; expected also"):
+        replace(inputs, guides=guides[["guide_id"]])
+
+
+def test_the_page_of_a_large_screen_stays_small() -> None:
+    large = make_qc_inputs(n=10_000, batches=270, cells=3_000, n_guides=30_000)
+    page = build_qc_report(large)
+    assert len(page.encode()) - len(str(asset("plotly.js")).encode()) < 1_200_000
+    assert "of 270 batches, those that differ most" in page
+
+
+def test_equal_inputs_give_equal_bytes(page: str) -> None:
+    assert build_qc_report(make_qc_inputs()) == page
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Write 600 cells of two batches; all cells of LONELY are in the second."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["control", "A", "LONELY"], [200, 300, 100])
+    batch = np.where(np.arange(600) % 2, "x", "y")
+    batch[500:] = "y"
+    X = sparse.csr_matrix(rng.poisson(1.0, (600, 40)) * rng.uniform(0.5, 2, 40)).astype(np.float32)
+    obs = pd.DataFrame(
+        {"perturbation": pd.Categorical(labels), "batch": pd.Categorical(batch),
+         "perturbation_type": "CRISPRi", "library_size": rng.uniform(500, 900, 600),
+         "n_genes": np.diff(X.indptr), "pct_mito": np.nan,
+         "flag_weak_guide": np.arange(600) < 17,
+         "phase": pd.Categorical(np.where(np.arange(600) < 50, "S", "G1"))},
+        index=[f"c{i}" for i in range(600)],
+    )  # fmt: skip
+    made = ad.AnnData(X=X, obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(40)]))
+    made.write_h5ad(tmp_path / "cells.h5ad")
+    return made, tmp_path / "cells.h5ad"
+
+
+def test_facts_are_those_of_the_cells(cells) -> None:
+    made, path = cells
+    facts = read.read_cell_facts(path)
+    assert (facts.n_cells, facts.n_controls, facts.n_genes) == (600, 200, 40)
+    assert facts.medians["library_size"] == np.median(made.obs["library_size"])
+    assert np.isnan(facts.medians["pct_mito"])
+    assert facts.batches.loc["x"].tolist() == [250, 100]
+    assert facts.batches.loc["y"].tolist() == [350, 100]
+    assert facts.in_one_batch == ("LONELY",)
+    assert (facts.flags, facts.phases) == ({"flag_weak_guide": 17}, {"G1": 550, "S": 50})
+    assert facts.types == ("CRISPRi",)
+
+
+def test_a_perturbation_is_alone_only_where_chance_would_have_spread_it() -> None:
+    labels, batches = pd.Series(["A"] * 3 + ["B"] * 30), pd.Series(["x"] * 3 + ["x", "y"] * 15)
+    assert read.in_one_batch(labels, batches) == ()
+    assert read.in_one_batch(labels, pd.Series("x", index=range(33))) == ()
+    apart = pd.Series(["x"] * 3 + ["y"] * 30)
+    assert read.in_one_batch(labels, apart) == ("A",)  # 1 in 1,331
+
+
+def test_the_map_is_of_a_sample_in_its_principal_components(cells, monkeypatch) -> None:
+    made, path = cells
+    seen = []
+    monkeypatch.setattr(read, "layout", lambda points, seed: seen.append(points) or points[:, :2])
+    table = read.read_cell_map(path, seed=5, max_cells=90)
+    rows = np.sort(np.random.default_rng(5).choice(600, size=90, replace=False))
+    part = made.X[rows].toarray().astype(float)
+    expected = PCA(n_components=3, svd_solver="full").fit_transform(part)
+    np.testing.assert_allclose(np.abs(seen[0][:, :3]), np.abs(expected), atol=1e-6)
+    assert table["perturbation"].tolist() == made.obs["perturbation"].iloc[rows].tolist()
+    assert table["library_size"].tolist() == made.obs["library_size"].iloc[rows].tolist()
+    assert table["umap_1"].tolist() == seen[0][:, 0].tolist()
+    assert "phase" in table and "doublet_score" not in table
+    assert read.read_cell_map(path, seed=5, max_cells=9) is None
