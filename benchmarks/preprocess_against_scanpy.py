@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT / "workflow" / "lib"))
 from record import provenance, write_result  # noqa: E402
 
 WAYS = ("ours", "plain")
-FILES = ("cells.h5ad", "qc.tsv", "perturbations.tsv")
+FILES = ("cells.h5ad", "qc.tsv", "perturbations.tsv", "guides.tsv")
 # Largest relative difference of numbers; the matrix is float32.
 TOLERANCE = 1e-5
 
@@ -61,7 +61,7 @@ def plain(folder: Path) -> Callable[[], None]:
     from sklearn.decomposition import PCA
 
     from biojepa.preprocess import PreprocessSettings
-    from biojepa.preprocess.effects import PCA_CELLS, PCA_GENES, TEST_CONTROLS, _sample, energy_test
+    from biojepa.preprocess.effects import PCA_CELLS, PCA_GENES, TEST_CONTROLS, energy_test, sample_rows
 
     settings = PreprocessSettings()
 
@@ -74,13 +74,13 @@ def plain(folder: Path) -> Callable[[], None]:
         variable = np.asarray(X.multiply(X).mean(axis=0)).ravel() - mean**2
         genes = np.sort(np.argsort(-variable, kind="stable")[:PCA_GENES])
         part = X[:, genes]
-        fit_on = _sample(np.arange(adata.n_obs), PCA_CELLS, settings.seed, "principal components")
+        fit_on = sample_rows(np.arange(adata.n_obs), PCA_CELLS, settings.seed, "principal components")
         pca = PCA(settings.effect_components, svd_solver="covariance_eigh")
         pca.fit(part[fit_on].toarray().astype(np.float64))
         scores = np.asarray(part @ pca.components_.T) - pca.mean_ @ pca.components_.T
 
         def sampled(rows: np.ndarray, name: str) -> np.ndarray:
-            return scores[_sample(rows, settings.effect_cells, settings.seed, name)]
+            return scores[sample_rows(rows, settings.effect_cells, settings.seed, name)]
 
         def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
             cells, n = X[rows].astype(np.float64), len(rows)
@@ -93,7 +93,7 @@ def plain(folder: Path) -> Callable[[], None]:
 
         by_gene = X.tocsc()
         control = np.flatnonzero(labels == "control")
-        tested = _sample(control, TEST_CONTROLS, settings.seed, "on-target test")
+        tested = sample_rows(control, TEST_CONTROLS, settings.seed, "on-target test")
         reference = moments(control)
         rows = []
         for name in sorted(set(labels) - {"control"}):

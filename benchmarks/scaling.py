@@ -58,7 +58,7 @@ def preprocess(folder: Path) -> Callable[[], None]:
 
     settings = PreprocessSettings(min_cells_per_perturbation=2)
     files = [folder / name for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")]
-    return lambda: preprocess_file(screen_source(folder), settings, *files)
+    return lambda: preprocess_file(screen_source(folder), settings, *files, guides=folder / "guides.tsv")
 
 
 def pair(folder: Path) -> Callable[[], None]:

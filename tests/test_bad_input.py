@@ -148,7 +148,7 @@ def test_broken_data_stop_with_one_message_that_names_file_and_fix(broken, datas
 @pytest.mark.parametrize("dataset", MESSAGES)
 def test_broken_data_leave_nothing_half_written(broken, dataset):
     stage = STAGE_OF.get(dataset, "preprocess")
-    made = ("cells.h5ad", "qc.tsv", "perturbations.tsv", "provenance/preprocess.json")
+    made = ("cells.h5ad", "qc.tsv", "perturbations.tsv", "guides.tsv", "provenance/preprocess.json")
     preprocess = {f"preprocess/{name}" for name in made}
     frozen = ("split.tsv", "split.json", "provenance/freeze_split.json")
     split = {f"perturbation/fold0/pair/{name}" for name in frozen}

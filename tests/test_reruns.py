@@ -80,7 +80,7 @@ def test_another_folder_and_number_of_cores_give_the_same_results(finished, chec
     again = Pipeline(checkout, tmp_path)
     answer = again.run("results/tiny/perturbation/fold0/biojepa/seed0/train/model.pt", cores=1)
     assert answer.returncode == 0, answer.stdout
-    same = [f"preprocess/{name}" for name in ("qc.tsv", "perturbations.tsv")]
+    same = [f"preprocess/{name}" for name in ("qc.tsv", "perturbations.tsv", "guides.tsv")]
     same += [f"perturbation/fold0/pair/{name}" for name in ("split.tsv", "split.json")]
     same.append("perturbation/fold0/biojepa/seed0/train/history.tsv")
     for name in same:

@@ -225,7 +225,7 @@ def test_another_workflow_uses_the_rules_with_its_own_config_and_prefix(as_modul
     jobs = {"tiny/perturbations_simulate", "tiny/perturbation/perturbations_evaluate"}
     assert jobs <= made["jobs"].keys()
     outside = [path for path in made["sha256"] if not path.startswith("screen/")]
-    assert [path.rsplit("/", 1)[-1] for path in outside] == ["simulator.json"]
+    assert [path.rsplit("/", 1)[-1] for path in outside] == ["cell_cycle_genes.tsv", "simulator.json"]
 
 
 def test_an_archive_below_a_prefix_is_refused_with_the_way_to_rebuild_it(as_module):
@@ -251,7 +251,7 @@ def test_conda_a_prefix_and_the_number_of_cores_change_no_number(by_conda, as_mo
         name for name in plain if name in by_conda and "/evaluate/" not in name and "report" not in name
     }
     assert {name.rsplit("/", 1)[1] for name in shared} == {
-        *("qc.tsv", "perturbations.tsv", "split.tsv", "coverage.tsv"),
+        *("qc.tsv", "perturbations.tsv", "guides.tsv", "split.tsv", "coverage.tsv"),
         *("history.tsv", "representation.tsv", "umap.tsv"),
     }
     assert {name: by_conda[name] for name in shared} == {name: plain[name] for name in shared}

@@ -141,6 +141,19 @@ def test_the_table_of_perturbations_describes_every_label(finished, cells):
     assert table["n_cells"].to_dict() == counts.drop("control", errors="ignore").to_dict()
     singles = table[table["n_perturbed_genes"] == 1]
     assert (singles["on_target_log2fc"].astype(float) < 0).mean() > 0.9, "the simulator knocks genes down"
+    posterior = cells.obs.groupby("perturbation", observed=True)["responding_posterior"].mean()
+    expected = posterior.reindex(table.index).astype(float)
+    np.testing.assert_allclose(table["responding_share"], expected, rtol=1e-9)
+
+
+def test_the_table_of_guides_has_every_guide_of_single_perturbations(finished, cells):
+    table = read_tsv(finished.path("preprocess", "guides.tsv"))
+    assert list(table.columns) == list(contracts.GUIDE_TABLE_COLUMNS)
+    obs = cells.obs[cells.obs["n_perturbed_genes"] == 1]
+    counts = obs.groupby(["perturbation", "guide_id"], observed=True).size()
+    assert table.set_index(["perturbation", "guide_id"])["n_cells"].to_dict() == counts.to_dict()
+    flagged = table.loc[table["flag"].fillna("").str.contains("discordant"), "guide_id"]
+    assert set(cells.obs.loc[cells.obs["flag_discordant_guide"], "guide_id"].astype(str)) == set(flagged)
 
 
 def test_splits_are_frozen_and_test_every_perturbation_once_over_the_folds(finished, splits, cells):
@@ -393,7 +406,8 @@ def test_provenance_names_settings_files_and_run_times(finished):
     assert record["packages"]["torch"] == torch.__version__
     results = {f"results/{name}" for name in expected_results() if "provenance" not in name}
     # Besides the files that reports are made of: what one may look at, and nothing else reads.
-    unread = {name for name in results if name.endswith(("embeddings.h5ad", "qc.tsv", "history.tsv"))}
+    ends = ("embeddings.h5ad", "qc.tsv", "guides.tsv", "history.tsv")
+    unread = {name for name in results if name.endswith(ends)}
     assert results - unread <= record["sha256"].keys()
     for name, digest in record["sha256"].items():
         if (finished.folder / name).exists():  # the parameters of the simulator are in the checkout

@@ -22,7 +22,8 @@ import yaml
 REPO = Path(__file__).resolve().parents[1]
 CONFIGS = REPO / "tests" / "config"
 TINY = CONFIGS / "tiny.yaml"
-TRACKED = ("Snakefile", "workflow", "envs", "profiles", "resources/simulator.json", "resources/catalogue.tsv")
+RESOURCES = ("simulator.json", "catalogue.tsv", "cell_cycle_genes.tsv")
+TRACKED = ("Snakefile", "workflow", "envs", "profiles", *(f"resources/{name}" for name in RESOURCES))
 
 # The models of the default config, by who writes their predictions.
 BASELINES = (
@@ -188,7 +189,7 @@ def files_below(folder: Path, *ignored: str) -> set[str]:
 def expected_results(trained: Sequence[str] = TRAINED) -> set[str]:
     """List every file below ``results`` that the chain makes of the tiny config."""
     expected = {"index.html", "provenance.json", "provenance/index.json"}
-    described = ("qc", "perturbations", "guide_calls", "guides_per_cell", "guide_umis", "batches")
+    described = ("qc", "perturbations", "guides", "guide_calls", "guides_per_cell", "guide_umis", "batches")
     described += ("distributions",)
     expected |= {f"tiny/preprocess/{name}.tsv" for name in described}
     expected |= {f"tiny/preprocess/{name}" for name in ("cells.h5ad", "qc.html")}

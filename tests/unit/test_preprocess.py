@@ -31,6 +31,7 @@ from biojepa.preprocess import (
 )
 from biojepa.preprocess import effects as effects_module
 from biojepa.preprocess import quality as quality_module
+from biojepa.preprocess.cell_cycle import GENES_FILE
 from biojepa.preprocess.effects import (
     TargetExpression,
     count_changed_genes,
@@ -56,6 +57,7 @@ SOURCE = ScreenSource(
     batch_column="lane",
     perturbation_type="CRISPRi",
 )
+FILES = ("cells.h5ad", "qc.tsv", "perturbations.tsv", "guides.tsv")
 SETTINGS = PreprocessSettings(
     min_cells_per_perturbation=10, mad_threshold=None, permutations=199, effect_components=5
 )
@@ -367,7 +369,12 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     paths = []
     for name in "ab":
         folder = tmp_path / name
-        files = [folder / "cells.h5ad", folder / "qc.tsv", folder / "perturbations.tsv"]
+        files = [
+            folder / "cells.h5ad",
+            folder / "qc.tsv",
+            folder / "perturbations.tsv",
+            folder / "guides.tsv",
+        ]
         write_preprocessed(preprocess_screen(toy(), SOURCE, SETTINGS, {"toy.h5ad": "0" * 64}), *files)
         paths.append(files)
         assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in files)
@@ -442,7 +449,7 @@ def test_a_file_gives_what_the_screen_in_memory_gives(tmp_path, monkeypatch, lay
     screen.write_h5ad(path)
     monkeypatch.setattr(matrix_module, "BLOCK_ENTRIES", 500)
     monkeypatch.setattr(matrix_module, "SORTED_ENTRIES", 1000)
-    files = [tmp_path / "out" / name for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")]
+    files = [tmp_path / "out" / name for name in FILES]
     preprocess_file(replace(SOURCE, path=str(path)), SETTINGS, *files)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(file.name for file in files)
     cells = ad.read_h5ad(files[0])
@@ -465,14 +472,14 @@ def test_what_stops_half_way_leaves_nothing_behind(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(effects_module.Effects, "describe", stop)
-    files = [tmp_path / "out" / name for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")]
+    files = [tmp_path / "out" / name for name in FILES]
     with pytest.raises(KeyboardInterrupt):
         preprocess_file(replace(SOURCE, path=str(path)), SETTINGS, *files)
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_counts_share_the_indices_of_the_expression(tmp_path):
-    files = [tmp_path / name for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")]
+    files = [tmp_path / name for name in FILES]
     path = tmp_path / "toy.h5ad"
     toy().write_h5ad(path)
     preprocess_file(replace(SOURCE, path=str(path)), SETTINGS, *files)
@@ -652,9 +659,10 @@ def named(**content):
     for place, name in enumerate(content):
         listed._set_name(name, place)
     return listed
-files = Namedlist([{str(path)!r}])
+files = Namedlist([{str(path)!r}, {str(GENES_FILE)!r}])
 for name, end in dict(raw=1, cell_metadata=1, guide_table=1, guide_counts=1, guide_calls=1).items():
     files._set_name(name, 0 if name == "raw" else 1, end=end)
+files._set_name("cell_cycle_genes", 1)
 snakemake = SimpleNamespace(input=files,
     params=named(source={source!r}, settings={settings!r}),
     output=named(**{outputs!r}, record={str(tmp_path / "record.json")!r}),
@@ -672,11 +680,14 @@ runpy.run_path({str(SCRIPTS / "preprocess.py")!r}, {{"snakemake": snakemake}}, r
         PreprocessSettings.from_mapping(settings),
     )
     np.testing.assert_array_equal(cells.X.toarray(), expected.cells.X.toarray())
-    assert json.loads(cells.uns["provenance"])["inputs"] == {"toy.h5ad": sha256_of(path)}
+    assert json.loads(cells.uns["provenance"])["inputs"] == {
+        "toy.h5ad": sha256_of(path),
+        GENES_FILE.name: sha256_of(GENES_FILE),
+    }
     record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
-    assert record["inputs"] == {str(path): sha256_of(path)} and set(record["outputs"]) == set(
-        outputs.values()
-    )
+    assert record["inputs"] == {str(p): sha256_of(p) for p in (path, GENES_FILE)} and set(
+        record["outputs"]
+    ) == set(outputs.values())
 
     failed = subprocess.run(
         [sys.executable, "-c", code.replace("'gene'", "'genes'")],

@@ -9,10 +9,12 @@ rule preprocess:
         guide_table=get_table("guide_table"),
         guide_counts=get_table("guide_counts"),
         guide_calls=get_table("guide_calls"),
+        cell_cycle_genes=workflow.source_path("../../resources/cell_cycle_genes.tsv"),
     output:
         cells="results/{dataset}/preprocess/cells.h5ad",
         qc="results/{dataset}/preprocess/qc.tsv",
         perturbations="results/{dataset}/preprocess/perturbations.tsv",
+        guides="results/{dataset}/preprocess/guides.tsv",
         guide_calls="results/{dataset}/preprocess/guide_calls.tsv",
         guides_per_cell="results/{dataset}/preprocess/guides_per_cell.tsv",
         guide_umis="results/{dataset}/preprocess/guide_umis.tsv",

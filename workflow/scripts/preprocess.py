@@ -5,8 +5,11 @@ its guide counts), drops cells of low quality with one line of qc.tsv per filter
 log1p of counts per ``target_sum`` of the library size. Per perturbation it describes the on-target
 log2 fold change (means per 10,000, Mann-Whitney), the effect size (unbiased squared-Euclidean energy
 distance to control in principal components, permutation test) and the number of changed genes
-(Welch t, Benjamini-Hochberg). That table is a description over all cells; nothing is trained with it.
-Guides, batches and the distributions of cells before and after the filters are described beside it.
+(Welch t, Benjamini-Hochberg). Per guide it says whether the guide agrees with the others of its perturbation
+(permutation of cells among guides), and per cell its phase of the cell cycle (Tirosh et al. 2016) and, where
+that can be told, the probability that it responds (as mixscape does, Papalexi et al. 2021). Guides as called,
+batches and the distributions of cells before and after the filters are described beside it. All of this
+describes all cells; nothing is trained with it.
 """
 
 import sys
@@ -31,11 +34,19 @@ def preprocess(
     settings: Mapping[str, Any],
     cells: str,
     tables: Mapping[str, str],
+    cell_cycle_genes: str,
 ) -> None:
     """Preprocess one screen and write its cells and tables."""
     screen_source = ScreenSource.from_mapping(source)
     screen_settings = PreprocessSettings.from_mapping(settings)
-    preprocess_file(screen_source, screen_settings, cells, inputs=checksums, **tables)
+    preprocess_file(
+        screen_source,
+        screen_settings,
+        cells,
+        inputs=checksums,
+        cell_cycle_genes=cell_cycle_genes,
+        **tables,
+    )
 
 
 def found_at(
@@ -66,4 +77,5 @@ if __name__ == "__main__":
             settings=snakemake.params.settings,
             cells=snakemake.output.cells,
             tables={name: getattr(snakemake.output, name) for name in WRITTEN},
+            cell_cycle_genes=snakemake.input.cell_cycle_genes,
         )

@@ -35,11 +35,15 @@ CELLS_OBS = (
     CELL_TYPE,
     LIBRARY_SIZE,
 )
+# What preprocess adds where it can: place in the cell cycle, and whether a cell responds to its perturbation.
+S_SCORE, G2M_SCORE, PHASE = "s_score", "g2m_score", "phase"
+RESPONDING_POSTERIOR = "responding_posterior"
+FLAG_DISCORDANT_GUIDE, FLAG_NON_RESPONDING = "flag_discordant_guide", "flag_non_responding"
 COUNTS_LAYER = "counts"
 GENE_ID = "gene_id"
 PERTURBATION_TYPES = ("CRISPRi", "CRISPRa", "CRISPRko", "unknown")
 
-# --- preprocess/qc.tsv, preprocess/perturbations.tsv ------------------------------------------
+# --- preprocess/qc.tsv, perturbations.tsv, guides.tsv --------------------------------------------
 QC_COLUMNS = ("filter", "threshold", "cells_before", "cells_removed", "cells_after", "note")
 PERTURBATION_TABLE_COLUMNS = (
     "perturbation",
@@ -54,6 +58,18 @@ PERTURBATION_TABLE_COLUMNS = (
     "effect_p",
     "effect_q",
     "n_deg",
+    "responding_share",
+    "flag",
+)
+GUIDE_TABLE_COLUMNS = (
+    GUIDE_ID,
+    PERTURBATION,
+    "n_cells",
+    "on_target_log2fc",
+    "effect_size",
+    "agreement",
+    "p",
+    "q",
     "flag",
 )
 

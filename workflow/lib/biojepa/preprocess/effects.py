@@ -15,7 +15,9 @@ how cells are cut into blocks.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -55,6 +57,14 @@ TEST_CONTROLS = 10_000
 MOMENTS_ENTRIES = 1 << 25
 
 
+class Reader(Protocol):
+    """What looks at cells that come in blocks."""
+
+    def add(self, first: int, expression: sparse.csr_matrix) -> None:
+        """Look at the cells from ``first`` on, log-expression ``(some cells, genes)``."""
+        ...
+
+
 class Effects:
     """Describe perturbations from their cells, which are added in blocks.
 
@@ -70,20 +80,28 @@ class Effects:
 
     def __init__(self, obs: pd.DataFrame, genes: pd.Index, settings: PreprocessSettings) -> None:
         self._obs, self._settings = obs, settings
-        self._rows = group_by_label(obs[PERTURBATION])
-        self._control = self._rows.pop(CONTROL)
+        # Cells of each perturbation, and of the control.
+        self.rows = group_by_label(obs[PERTURBATION])
+        self.control = self.rows.pop(CONTROL)
+        # Cells in which effect sizes are measured, of each label and the control.
+        self.sample = {
+            name: sample_rows(rows, settings.effect_cells, settings.seed, name)
+            for name, rows in {**self.rows, CONTROL: self.control}.items()
+        }
         shape = (len(obs), len(genes))
-        self._target = TargetExpression(self._rows, self._control, genes, shape[0], settings)
-        self._changed = ChangedGenes(self._rows, self._control, shape)
+        self.target = TargetExpression(self.rows, self.control, genes, shape[0], settings)
+        self._changed = ChangedGenes(self.rows, self.control, shape)
         self._components = Components(shape, settings.effect_components, settings.seed)
 
     def add(self, first: int, expression: sparse.csr_matrix) -> None:
         """Add the cells from ``first`` on, log-expression ``(some cells, genes)``, in order."""
-        self._target.add(first, expression)
+        self.target.add(first, expression)
         self._components.add(first, expression)
         self._changed.add(first, expression)
 
-    def describe(self, expression: RowBlocks) -> pd.DataFrame:
+    def describe(
+        self, expression: RowBlocks, also: Iterable[np.ndarray] = (), readers: Iterable[Reader] = ()
+    ) -> tuple[pd.DataFrame, Scores]:
         """Return the rows of perturbations.tsv, one per perturbation in sorted order, without the control.
 
         For combinations, ``target_measured``, ``on_target_log2fc`` and ``on_target_p`` hold one value
@@ -93,17 +111,22 @@ class Effects:
         ----------
         expression
             All cells that were added, to be read again.
+        also
+            Cells of which scores are wanted beside those in which effects are measured.
+        readers
+            What is to be shown the blocks as well.
+
+        Returns
+        -------
+        The table, in which ``responding_share`` is missing, and the scores in principal components.
         """
-        settings = self._settings
+        settings, sample = self._settings, self.sample
         self._changed.end_pass()
-        sample = {
-            name: _sample(rows, settings.effect_cells, settings.seed, name)
-            for name, rows in {**self._rows, CONTROL: self._control}.items()
-        }
-        scores = Scores(self._components, np.sort(np.concatenate(list(sample.values()))))
+        scores = Scores(self._components, np.unique(np.concatenate([*sample.values(), *also])))
+        shown: list[Reader] = [scores, self._changed, *readers]
         for first, block in expression.blocks():
-            scores.add(first, block)
-            self._changed.add(first, block)
+            for reader in shown:
+                reader.add(first, block)
         self._changed.end_pass()
         degs = self._changed.count(expression)
         sizes = effect_sizes(scores, sample, settings)
@@ -112,10 +135,10 @@ class Effects:
         kinds = self._obs[PERTURBATION_TYPE].astype(str).to_numpy()
 
         table = []
-        for (name, rows), q in zip(self._rows.items(), q_values, strict=True):
+        for (name, rows), q in zip(self.rows.items(), q_values, strict=True):
             named = {guide for joined in set(guides[rows]) for guide in joined.split(GUIDE_JOIN) if guide}
             genes = genes_of(name)
-            changes = [self._target.change(gene, rows) for gene in genes]
+            changes = [self.target.change(gene, rows) for gene in genes]
             size, p = sizes[name]
             table.append(
                 {
@@ -131,10 +154,15 @@ class Effects:
                     "effect_p": p,
                     "effect_q": q,
                     "n_deg": degs[name],
+                    "responding_share": np.nan,
                     "flag": JOIN.join(_flags(q, len(named), changes, kinds[rows[0]])),
                 }
             )
-        return pd.DataFrame(table, columns=list(PERTURBATION_TABLE_COLUMNS))
+        return pd.DataFrame(table, columns=list(PERTURBATION_TABLE_COLUMNS)), scores
+
+    def mean_expression(self) -> np.ndarray:
+        """Return the mean log-expression of each gene ``(genes,)`` over the cells that were added."""
+        return self._components.mean_expression()
 
     def flag_cells(self, perturbations: pd.DataFrame) -> dict[str, np.ndarray]:
         """Return flags of cells ``(cells,)``: perturbation without clear effect, guide that does not work.
@@ -145,12 +173,17 @@ class Effects:
         weak = set(perturbations.loc[perturbations["effect_q"] >= SIGNIFICANT, PERTURBATION])
         labels = self._obs[PERTURBATION].astype(str)
         guides = self._obs[GUIDE_ID].astype(str)
-        bad = weak_guides(self._obs, self._target)
+        bad = self.weak_guides
         by_guide = {joined: bool(bad & set(joined.split(GUIDE_JOIN))) for joined in guides.unique()}
         return {
             FLAG_WEAK: labels.isin(weak).to_numpy(),
             FLAG_WEAK_GUIDE: guides.map(by_guide).to_numpy(dtype=bool),
         }
+
+    @cached_property
+    def weak_guides(self) -> set[str]:
+        """Guides whose target hardly changes; all cells must have been added."""
+        return weak_guides(self._obs, self.target)
 
 
 def group_by_label(labels: pd.Series) -> dict[str, np.ndarray]:
@@ -217,7 +250,7 @@ class TargetExpression:
         self._total = np.zeros(len(genes))
         self._detected = np.zeros(len(genes), dtype=np.int64)
         self._reference = SampledRows(
-            _sample(control, TEST_CONTROLS, settings.seed, "on-target test"),
+            sample_rows(control, TEST_CONTROLS, settings.seed, "on-target test"),
             np.array(list(self._column.values()), dtype=np.int64),
         )
         self._place = {gene: number for number, gene in enumerate(self._column)}
@@ -343,7 +376,7 @@ def effect_sizes(
     return found
 
 
-def _sample(rows: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
+def sample_rows(rows: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
     """Return at most ``most`` of the rows, drawn by seed and name."""
     if len(rows) <= most:
         return rows
@@ -368,8 +401,9 @@ class Components:
 
     def __init__(self, shape: tuple[int, int], n_components: int, seed: int) -> None:
         self._n_cells, self._n_components = shape[0], n_components
+        self.n_genes = shape[1]
         self._total, self._square = np.zeros((2, shape[1]))
-        self._fit_on = SampledRows(_sample(np.arange(shape[0]), PCA_CELLS, seed, "principal components"))
+        self._fit_on = SampledRows(sample_rows(np.arange(shape[0]), PCA_CELLS, seed, "principal components"))
 
     def add(self, first: int, expression: sparse.csr_matrix) -> None:
         """Add a block of cells."""
@@ -377,6 +411,10 @@ class Components:
         np.add.at(self._total, expression.indices, data)
         np.add.at(self._square, expression.indices, data**2)
         self._fit_on.add(first, expression)
+
+    def mean_expression(self) -> np.ndarray:
+        """Return the mean of each gene ``(genes,)``."""
+        return self._total / self._n_cells
 
     def fit(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the genes used ``(used,)``, their components ``(components, used)`` and mean ``(used,)``."""
@@ -393,6 +431,7 @@ class Scores:
 
     def __init__(self, components: Components, rows: np.ndarray) -> None:
         self._genes, self._components, mean = components.fit()
+        self._n_genes = components.n_genes
         self._shift = mean @ self._components.T
         self._rows = rows
         self._scores = np.empty((len(rows), len(self._components)))
@@ -407,6 +446,21 @@ class Scores:
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Return the scores of some of the cells ``(len(rows), components)``."""
         return self._scores[np.searchsorted(self._rows, rows)]
+
+    def weights_of(self, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return what places any cell on some directions ``(lines, components)`` by its expression.
+
+        Returns
+        -------
+        tuple of numpy.ndarray
+            Weights ``(lines, genes used + 1)``, float32, the last column 0; the column of each gene
+            ``(genes,)``; and what is to be subtracted ``(lines,)``.
+        """
+        weights = np.zeros((len(directions), len(self._genes) + 1), dtype=np.float32)
+        weights[:, :-1] = directions @ self._components
+        column = np.full(self._n_genes, len(self._genes))
+        column[self._genes] = np.arange(len(self._genes))
+        return weights, column, directions @ self._shift
 
 
 def principal_components(expression: sparse.csr_matrix, n_components: int, seed: int) -> np.ndarray:
@@ -430,7 +484,7 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
     equal distributions. Unit: squared log-expression.
     """
     weights = np.concatenate([np.ones(len(x)), np.zeros(len(y))])[None]
-    return float(_energy_of_splits(np.concatenate([x, y]), weights)[0])
+    return float(energy_of_splits(np.concatenate([x, y]), weights)[0])
 
 
 def energy_test(
@@ -439,12 +493,12 @@ def energy_test(
     """Return the energy distance and p = (1 + permutations at least as large) / (1 + permutations)."""
     member = np.concatenate([np.ones(len(x)), np.zeros(len(y))])
     shuffled = rng.permuted(np.tile(member, (permutations, 1)), axis=1)
-    distances = _energy_of_splits(np.concatenate([x, y]), np.vstack([member, shuffled]))
+    distances = energy_of_splits(np.concatenate([x, y]), np.vstack([member, shuffled]))
     observed, null = distances[0], distances[1:]
     return float(observed), float((1 + np.sum(null >= observed)) / (1 + permutations))
 
 
-def _energy_of_splits(points: np.ndarray, member: np.ndarray) -> np.ndarray:
+def energy_of_splits(points: np.ndarray, member: np.ndarray) -> np.ndarray:
     """Return energy distances ``(splits,)`` of splits ``(splits, cells)`` of points ``(cells, d)``.
 
     With squared Euclidean distances all pairwise means follow from the two means and the mean

@@ -36,7 +36,9 @@ from biojepa.preprocess.annotate import (
     PCT_MITO,
     annotate_cells,
 )
+from biojepa.preprocess.cell_cycle import GENES_FILE
 from biojepa.preprocess.cell_tables import batch_table, distribution_table, or_empty, ranked_umis
+from biojepa.preprocess.describe import describe_screen
 from biojepa.preprocess.effects import Effects
 from biojepa.preprocess.normalize import log_normalize, require_library_sizes
 from biojepa.preprocess.quality import DOUBLET_SCORE, count_detected, filter_cells, filter_genes
@@ -59,6 +61,8 @@ class Tables:
         One row per filter.
     perturbations
         One row per perturbation, over all its cells.
+    guides
+        One row per guide: its effect, and whether it agrees with the others of its perturbation.
     guide_calls, guides_per_cell, guide_umis
         Guides, outcome classes of cells, and ranked guide UMIs; without rows where no guides were counted.
     batches, distributions
@@ -67,6 +71,7 @@ class Tables:
 
     qc: pd.DataFrame
     perturbations: pd.DataFrame
+    guides: pd.DataFrame
     guide_calls: pd.DataFrame
     guides_per_cell: pd.DataFrame
     guide_umis: pd.DataFrame
@@ -98,6 +103,11 @@ class Preprocessed:
     def perturbations(self) -> pd.DataFrame:
         """Rows of perturbations.tsv."""
         return self.tables.perturbations
+
+    @property
+    def guides(self) -> pd.DataFrame:
+        """Rows of guides.tsv."""
+        return self.tables.guides
 
 
 def preprocess_screen(
@@ -136,13 +146,14 @@ def write_cells(
     settings: PreprocessSettings,
     path: str | Path,
     inputs: Mapping[str, str] | None = None,
+    cell_cycle_genes: str | Path = GENES_FILE,
 ) -> Tables:
     """Label, filter, normalize and describe a screen of any size, and write ``cells.h5ad``.
 
     The counts are read three times, in blocks of cells: for sums over the genes of each cell, for the cells
-    of each gene, and to be written; what is written is read once more, for principal components. Memory holds
-    a block, tables of cells, and what effects need, see :mod:`biojepa.preprocess.effects`. No result
-    depends on the size of the blocks.
+    of each gene, and to be written; what is written is read once or twice more, see
+    :mod:`biojepa.preprocess.describe`. Memory holds a block, tables of cells, and what effects need, see
+    :mod:`biojepa.preprocess.effects`. No result depends on the size of the blocks.
 
     Parameters
     ----------
@@ -150,6 +161,8 @@ def write_cells(
         As in :func:`preprocess_screen`.
     path
         Where to write; the file appears when it is whole.
+    cell_cycle_genes
+        Table of the genes of S and G2/M.
 
     Returns
     -------
@@ -180,14 +193,15 @@ def write_cells(
             file.append(expression, counts)
             effects.add(first, expression)
             first = part.stop
-        perturbations = effects.describe(file.expression())
-        for name, flag in effects.flag_cells(perturbations).items():
-            obs[name] = flag
-        uns = {"provenance": provenance(source, settings, inputs or {}, screen.notes)}
-        file.finish(obs, var, uns)
+        found = describe_screen(obs, var.index, effects, file.expression(), settings, cell_cycle_genes)
+        for name, values in found.columns.items():
+            obs[name] = values
+        notes = [*screen.notes, *found.notes]
+        file.finish(obs, var, {"provenance": provenance(source, settings, inputs or {}, notes)})
     return Tables(
         qc=funnel.table(),
-        perturbations=perturbations,
+        perturbations=found.perturbations,
+        guides=found.guides,
         guide_calls=or_empty(table.guide_calls, GUIDE_CALLS_COLUMNS),
         guides_per_cell=or_empty(table.guides_per_cell, GUIDES_PER_CELL_COLUMNS),
         guide_umis=ranked_umis(table.obs.get(GUIDE_UMIS)),
@@ -239,15 +253,20 @@ def provenance(
 
 
 def write_preprocessed(
-    result: Preprocessed, cells: str | Path, qc: str | Path, perturbations: str | Path, **others: str | Path
+    result: Preprocessed,
+    cells: str | Path,
+    qc: str | Path,
+    perturbations: str | Path,
+    guides: str | Path,
+    **others: str | Path,
 ) -> None:
-    """Write cells.h5ad, qc.tsv, perturbations.tsv and, by name, other tables; equal results, equal bytes."""
+    """Write cells.h5ad and its tables, others by name; equal results, equal bytes."""
     counts = sparse.csr_matrix(result.cells.layers[COUNTS_LAYER])
     with cells_file(cells, counts.shape, counts.nnz) as file:
         file.append(sparse.csr_matrix(result.cells.X), counts)
         file.expression()
         file.finish(result.cells.obs, result.cells.var, dict(result.cells.uns))
-    _write_tables(result.tables, {"qc": qc, "perturbations": perturbations, **others})
+    _write_tables(result.tables, {"qc": qc, "perturbations": perturbations, "guides": guides, **others})
 
 
 def _write_tables(tables: Tables, paths: Mapping[str, str | Path]) -> None:
@@ -262,7 +281,9 @@ def preprocess_file(
     cells: str | Path,
     qc: str | Path,
     perturbations: str | Path,
+    guides: str | Path,
     inputs: Mapping[str, str] | None = None,
+    cell_cycle_genes: str | Path = GENES_FILE,
     **others: str | Path,
 ) -> None:
     """Preprocess the screen that ``source`` names, whatever its size, and write its files.
@@ -273,13 +294,15 @@ def preprocess_file(
     ----------
     source, settings, inputs
         As in :func:`preprocess_screen`.
-    cells, qc, perturbations
+    cells, qc, perturbations, guides
         Where to write.
+    cell_cycle_genes
+        Genes that tell the phases of the cell cycle, as :func:`write_cells` takes them.
     others
         Where to write other fields of :class:`Tables`, by name; those not named are not written.
     """
     folder = Path(cells).parent
     folder.mkdir(parents=True, exist_ok=True)
     with open_screen(source, folder) as screen:
-        described = write_cells(screen, source, settings, cells, inputs)
-    _write_tables(described, {"qc": qc, "perturbations": perturbations, **others})
+        described = write_cells(screen, source, settings, cells, inputs, cell_cycle_genes)
+    _write_tables(described, {"qc": qc, "perturbations": perturbations, "guides": guides, **others})

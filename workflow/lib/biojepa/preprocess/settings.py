@@ -47,6 +47,12 @@ class PreprocessSettings:
         Most cells of a perturbation, and of the control, in the effect size.
     effect_components
         Principal components in which effect sizes are measured.
+    cell_cycle
+        Whether to score S phase and G2/M, where the screen has five genes or more of each.
+    min_cells_per_guide
+        Fewest cells of a guide for it to be compared with the other guides of its perturbation.
+    responding_cells
+        Whether to tell, for perturbations with a clear effect, which cells respond.
     seed
         Seed of doublet simulation, subsampling and permutations.
     """
@@ -64,6 +70,9 @@ class PreprocessSettings:
     permutations: int = 1000
     effect_cells: int = 200
     effect_components: int = 50
+    cell_cycle: bool = True
+    min_cells_per_guide: int = 20
+    responding_cells: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,6 +95,7 @@ class PreprocessSettings:
             "permutations": 1,
             "effect_cells": 2,
             "effect_components": 1,
+            "min_cells_per_guide": 2,
             "seed": 0,
         }
         for name, low in lowest.items():

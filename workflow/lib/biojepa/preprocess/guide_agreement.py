@@ -1,0 +1,220 @@
+"""Whether the guides of a perturbation do the same to their cells.
+
+A guide is compared with its siblings, the other guides of its perturbation, by the energy distance of
+:mod:`biojepa.preprocess.effects`, which is twice the squared distance between mean responses without its
+expectation under noise. Three such distances say how much two responses have in common:
+
+    agreement = 1 − E(guide, siblings) / (E(guide, control) + E(siblings, control))
+
+This is the concordance of the two mean responses, 2 a·b / (a² + b²), without noise in any of the terms: 1
+where they are the same, 0 where one of them is no response at all or they have nothing in common, and below 0
+where they point apart. Whether guides differ at all is tested by permuting cells among the guides.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import false_discovery_control
+
+from biojepa.contracts import CONTROL, GUIDE_ID, GUIDE_TABLE_COLUMNS, PERTURBATION
+from biojepa.guides import GUIDE_JOIN
+from biojepa.labels import genes_of
+from biojepa.preprocess.effects import (
+    JOIN,
+    SIGNIFICANT,
+    Scores,
+    TargetExpression,
+    energy_of_splits,
+    sample_rows,
+)
+from biojepa.preprocess.settings import PreprocessSettings
+
+# Below it, what the responses do not share is as large as what they do.
+MIN_AGREEMENT = 0.5
+# Cells of a guide at most: a difference that 100 cells do not show is no reason to drop a guide.
+GUIDE_CELLS = 100
+DISCORDANT, WEAK_GUIDE = "discordant", "weak"
+
+Guides = dict[str, dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean ``(d,)`` of some cells in principal components, their summed variances, and their number."""
+
+    mean: np.ndarray
+    variance: float
+    n: int
+
+    @classmethod
+    def of(cls, points: np.ndarray) -> Moments:
+        """Return the moments of cells ``(n, d)``, two or more."""
+        return cls(points.mean(axis=0), float(points.var(axis=0, ddof=1).sum()), len(points))
+
+    def energy(self, other: Moments) -> float:
+        """Return the unbiased squared-Euclidean energy distance, which needs no more than moments."""
+        between = float(((self.mean - other.mean) ** 2).sum())
+        return 2 * (between - self.variance / self.n - other.variance / other.n)
+
+
+def guides_of(obs: pd.DataFrame) -> Guides:
+    """Return for each perturbation its guides and their cells; cells with one guide, controls left out.
+
+    Parameters
+    ----------
+    obs
+        Of all cells: ``perturbation`` and ``guide_id``.
+    """
+    names = pd.DataFrame({name: obs[name].astype(str).to_numpy() for name in (PERTURBATION, GUIDE_ID)})
+    one = (names[GUIDE_ID] != "") & ~names[GUIDE_ID].str.contains(GUIDE_JOIN, regex=False)
+    rows = np.flatnonzero(one & (names[PERTURBATION] != CONTROL))
+    found: Guides = {}
+    for key, places in names.iloc[rows].groupby([PERTURBATION, GUIDE_ID]).indices.items():
+        label, guide = map(str, tuple(key))  # type: ignore[arg-type]
+        found.setdefault(label, {})[guide] = rows[places]
+    return found
+
+
+def sampled_guides(guides: Guides, settings: PreprocessSettings) -> Guides:
+    """Return the cells in which guides are compared: of perturbations with two guides or more to compare.
+
+    A guide is compared where it has ``min_cells_per_guide`` cells, in at most ``GUIDE_CELLS`` of them.
+    """
+    found: Guides = {}
+    most = min(GUIDE_CELLS, settings.effect_cells)
+    for label, rows_of in guides.items():
+        enough = {g: rows for g, rows in rows_of.items() if len(rows) >= settings.min_cells_per_guide}
+        if len(enough) > 1:
+            found[label] = {
+                guide: sample_rows(rows, most, settings.seed, f"{label}, guide {guide}")
+                for guide, rows in enough.items()
+            }
+    return found
+
+
+def compare_siblings(
+    points: Mapping[str, np.ndarray], control: Moments, permutations: int, rng: np.random.Generator
+) -> pd.DataFrame:
+    """Compare each guide of a perturbation with its siblings.
+
+    Parameters
+    ----------
+    points
+        Guide to its cells in principal components ``(cells, d)``; two guides or more.
+    control
+        Moments of control cells in the same components.
+    permutations
+        Of cells among the guides.
+    rng
+        Draws them.
+
+    Returns
+    -------
+    Rows ``guide_id``: ``effect_size``, ``agreement`` (within −1 and 1; missing where both effects together
+    are 0 or less) and ``p``.
+    """
+    pooled = np.concatenate(list(points.values()))
+    code = np.repeat(np.arange(len(points)), [len(cells) for cells in points.values()])
+    shuffled = rng.permuted(np.tile(code, (permutations, 1)), axis=1)
+    splits = np.vstack([code, shuffled])
+    table = {}
+    for number, (guide, cells) in enumerate(points.items()):
+        distance = energy_of_splits(pooled, (splits == number).astype(np.float64))
+        own, others = (Moments.of(part).energy(control) for part in (cells, pooled[code != number]))
+        both = own + others
+        table[guide] = {
+            "effect_size": own,
+            "agreement": float(np.clip(1 - distance[0] / both, -1, 1)) if both > 0 else np.nan,
+            "p": (1 + np.sum(distance[1:] >= distance[0])) / (1 + permutations),
+        }
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
+def guide_table(
+    guides: Guides,
+    sampled: Guides,
+    scores: Scores,
+    control: np.ndarray,
+    target: TargetExpression,
+    weak: set[str],
+    perturbations: pd.DataFrame,
+    settings: PreprocessSettings,
+) -> pd.DataFrame:
+    """Return the rows of guides.tsv, sorted by perturbation and guide.
+
+    Parameters
+    ----------
+    guides, sampled
+        From :func:`guides_of` and :func:`sampled_guides`.
+    scores
+        Of the sampled cells and of the controls.
+    control
+        Control cells to compare with.
+    target
+        Expression of the targets.
+    weak
+        Guides that hardly change their target.
+    perturbations
+        Rows of perturbations.tsv.
+    settings
+        Permutations and seed.
+    """
+    reference = Moments.of(scores.of(control))
+    clear = set(perturbations.loc[perturbations["effect_q"] < SIGNIFICANT, PERTURBATION])
+    found = {}
+    for label, rows_of in sampled.items():
+        rng = np.random.default_rng([settings.seed, zlib.crc32(label.encode()), 2])
+        points = {guide: scores.of(rows) for guide, rows in rows_of.items()}
+        compared = compare_siblings(points, reference, settings.permutations, rng)
+        found.update({(label, str(guide)): row for guide, row in compared.iterrows()})
+    table = []
+    for label, rows_of in guides.items():
+        for guide, rows in rows_of.items():
+            changes = [target.log2fc(gene, rows) if gene in target else None for gene in genes_of(label)]
+            row = {
+                PERTURBATION: label,
+                GUIDE_ID: guide,
+                "n_cells": len(rows),
+                "on_target_log2fc": JOIN.join("" if c is None else f"{c:.6g}" for c in changes),
+                "flag": WEAK_GUIDE if guide in weak else "",
+            }
+            table.append({**row, **found.get((label, guide), {})})
+    columns = [name for name in GUIDE_TABLE_COLUMNS if name != "q"]
+    result = pd.DataFrame(table, columns=columns)
+    p = result["p"].to_numpy(dtype=np.float64)
+    result["q"] = np.nan
+    if np.isfinite(p).any():
+        result.loc[np.isfinite(p), "q"] = false_discovery_control(p[np.isfinite(p)])
+    # The ratio of two effects that are none is noise.
+    unclear = ~result[PERTURBATION].isin(clear) & ~(result["q"] < SIGNIFICANT)
+    result.loc[unclear, "agreement"] = np.nan
+    for place in _discordant(result):
+        result.loc[place, "flag"] = JOIN.join(filter(None, [DISCORDANT, str(result.loc[place, "flag"])]))
+    return result[list(GUIDE_TABLE_COLUMNS)]
+
+
+def _discordant(table: pd.DataFrame) -> list[int]:
+    """Return the rows of guides that differ from their siblings and share less than half with them.
+
+    Where that is so of all guides of a perturbation, as it is of two, which of them is right cannot be seen.
+    The strongest is kept then, because guides that do nothing are more frequent than guides that do something
+    else.
+    """
+    differ = table[(table["q"] < SIGNIFICANT) & (table["agreement"] < MIN_AGREEMENT)]
+    n_compared = table["p"].notna().groupby(table[PERTURBATION]).sum()
+    rows: list[int] = []
+    for label, group in differ.groupby(PERTURBATION):
+        kept = group["effect_size"].idxmax() if len(group) == n_compared[label] else None
+        rows.extend(row for row in group.index if row != kept)
+    return rows
+
+
+def discordant_guides(table: pd.DataFrame) -> dict[str, set[str]]:
+    """Return for each perturbation with such guides those that guides.tsv flags as discordant."""
+    flagged = table[table["flag"].str.split(JOIN).map(lambda flags: DISCORDANT in flags).astype(bool)]
+    return {str(label): set(group[GUIDE_ID]) for label, group in flagged.groupby(PERTURBATION)}
