@@ -57,6 +57,8 @@ class SparseScreen:
         Genes that a perturbation raises, and UMIs that they gain together in a cell, in the mean.
     knock_down
         Share of the target's UMIs that are lost.
+    guides
+        Guides of a perturbation, all of which do the same.
     seed
         Same settings, same file.
     """
@@ -70,6 +72,7 @@ class SparseScreen:
     programme: int = 30
     gain: float = 40.0
     knock_down: float = 0.75
+    guides: int = 4
     seed: int = 0
 
     def labels(self) -> list[str]:
@@ -98,6 +101,7 @@ class SparseScreen:
         obs = pd.DataFrame(
             {
                 "gene": pd.Categorical.from_codes(code + 1, [CONTROL_LABEL, *labels]),
+                "guide": self._guides(code, labels),
                 "lane": pd.Categorical.from_codes(batch, [f"lane{lane}" for lane in range(self.n_batches)]),
             },
             index=[f"cell{cell}" for cell in range(self.n_cells)],
@@ -123,6 +127,12 @@ class SparseScreen:
         ]
         lines = [f"G{a:05d}\tG{b:05d}\n" for a, b in ring]
         (folder / "network.tsv").write_text("gene_a\tgene_b\n" + "".join(lines), encoding="utf-8")
+
+    def _guides(self, code: np.ndarray, labels: list[str]) -> pd.Categorical:
+        """Return the guide of each cell; they are dealt out in turn, so that no draw of counts changes."""
+        number = np.arange(len(code)) % self.guides
+        names = [f"{label}_g{guide}" for label in (CONTROL_LABEL, *labels) for guide in range(self.guides)]
+        return pd.Categorical.from_codes((code + 1) * self.guides + number, names)
 
     def _cells(
         self,
@@ -160,6 +170,7 @@ def screen_source(folder: Path) -> ScreenSource:
         str(folder / "raw.h5ad"),
         perturbation_column="gene",
         control_label=CONTROL_LABEL,
+        guide_column="guide",
         batch_column="lane",
         perturbation_type="CRISPRi",
     )

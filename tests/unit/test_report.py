@@ -409,7 +409,7 @@ def test_index_compares_datasets_and_links_to_reports(inputs: ReportInputs) -> N
             inputs.verdict,
             "norman/perturbation/report.html",
             qc_href="norman/preprocess/qc.html",
-        ),  # fmt: skip
+        ),
         IndexEntry("<b>mine</b>", "gene", other, {}, "mine/gene/report.html"),
     ]
     page = build_index(entries)

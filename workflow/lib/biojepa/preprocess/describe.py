@@ -29,7 +29,13 @@ from biojepa.preprocess.cell_cycle import (
     read_cell_cycle_genes,
 )
 from biojepa.preprocess.effects import JOIN, SIGNIFICANT, Effects, sample_rows
-from biojepa.preprocess.guide_agreement import discordant_guides, guide_table, guides_of, sampled_guides
+from biojepa.preprocess.guide_agreement import (
+    differing,
+    discordant_guides,
+    guide_table,
+    guides_of,
+    sampled_guides,
+)
 from biojepa.preprocess.responding import CONTROL_CELLS, NON_RESPONDING, Responding
 from biojepa.preprocess.settings import PreprocessSettings
 from biojepa.raw.matrix import RowBlocks
@@ -101,7 +107,7 @@ def describe_screen(
     table = guide_table(guides, compared, scores, control, effects.target, weak, perturbations, settings)
     discordant = discordant_guides(table)
     columns[FLAG_DISCORDANT_GUIDE] = _carries(obs, discordant)
-    disagree = perturbations[PERTURBATION].isin(set(discordant))
+    disagree = perturbations[PERTURBATION].isin(set(table.loc[differing(table), PERTURBATION]))
     perturbations["flag"] = [
         JOIN.join(filter(None, [flag, GUIDES_DISAGREE if differ else ""]))
         for flag, differ in zip(perturbations["flag"], disagree, strict=True)

@@ -36,6 +36,10 @@ from biojepa.preprocess.settings import PreprocessSettings
 
 # Below it, what the responses do not share is as large as what they do.
 MIN_AGREEMENT = 0.5
+# Permutations after which a guide that clearly agrees is left.
+FIRST = 100
+# Cosine from which two responses go the same way.
+SAME_WAY = 0.5
 # Cells of a guide at most: a difference that 100 cells do not show is no reason to drop a guide.
 GUIDE_CELLS = 100
 DISCORDANT, WEAK_GUIDE = "discordant", "weak"
@@ -99,8 +103,12 @@ def sampled_guides(guides: Guides, settings: PreprocessSettings) -> Guides:
 
 def compare_siblings(
     points: Mapping[str, np.ndarray], control: Moments, permutations: int, rng: np.random.Generator
-) -> pd.DataFrame:
+) -> dict[str, dict[str, float]]:
     """Compare each guide of a perturbation with its siblings.
+
+    Most guides agree, and few permutations show it. So ``FIRST`` of them are made, and the others only where
+    no more than a fifth of the first are as large as what was observed. A p-value below 0.2 can only come of
+    all permutations, so that those are as valid as if all had been made for every guide.
 
     Parameters
     ----------
@@ -109,30 +117,52 @@ def compare_siblings(
     control
         Moments of control cells in the same components.
     permutations
-        Of cells among the guides.
+        Of cells among the guides, at most.
     rng
         Draws them.
 
     Returns
     -------
-    Rows ``guide_id``: ``effect_size``, ``agreement`` (within −1 and 1; missing where both effects together
-    are 0 or less) and ``p``.
+    For each guide ``effect_size``, ``agreement`` (within −1 and 1; missing where both effects together are 0
+    or less), ``same_way`` (see :func:`is_more_of`) and ``p``.
     """
     pooled = np.concatenate(list(points.values()))
     code = np.repeat(np.arange(len(points)), [len(cells) for cells in points.values()])
-    shuffled = rng.permuted(np.tile(code, (permutations, 1)), axis=1)
-    splits = np.vstack([code, shuffled])
+    first = min(FIRST, permutations)
+    observed, as_large, made = np.zeros((3, len(points)))
+    for n in (first, permutations - first):
+        asked = np.flatnonzero(5 * as_large <= made)  # all of them at first
+        if n and len(asked):
+            splits = np.vstack([code, rng.permuted(np.tile(code, (n, 1)), axis=1)])
+            for place in asked:
+                distance = energy_of_splits(pooled, (splits == place).astype(np.float64))
+                observed[place] = distance[0]
+                as_large[place] += np.sum(distance[1:] >= distance[0])
+                made[place] += n
     table = {}
     for number, (guide, cells) in enumerate(points.items()):
-        distance = energy_of_splits(pooled, (splits == number).astype(np.float64))
         own, others = (Moments.of(part).energy(control) for part in (cells, pooled[code != number]))
         both = own + others
         table[guide] = {
             "effect_size": own,
-            "agreement": float(np.clip(1 - distance[0] / both, -1, 1)) if both > 0 else np.nan,
-            "p": (1 + np.sum(distance[1:] >= distance[0])) / (1 + permutations),
+            "agreement": float(np.clip(1 - observed[number] / both, -1, 1)) if both > 0 else np.nan,
+            "same_way": is_more_of(own, others, observed[number]),
+            "p": (1 + as_large[number]) / (1 + made[number]),
         }
-    return pd.DataFrame.from_dict(table, orient="index")
+    return table
+
+
+def is_more_of(own: float, others: float, between: float) -> bool:
+    """Tell whether a response is stronger than another and, by a cosine of 0.5 or more, of the same kind.
+
+    Parameters
+    ----------
+    own, others
+        Energy distances of the two to the control.
+    between
+        Energy distance of the two.
+    """
+    return own > others > 0 and (own + others - between) / (2 * np.sqrt(own * others)) >= SAME_WAY
 
 
 def guide_table(
@@ -171,7 +201,7 @@ def guide_table(
         rng = np.random.default_rng([settings.seed, zlib.crc32(label.encode()), 2])
         points = {guide: scores.of(rows) for guide, rows in rows_of.items()}
         compared = compare_siblings(points, reference, settings.permutations, rng)
-        found.update({(label, str(guide)): row for guide, row in compared.iterrows()})
+        found.update({(label, guide): row for guide, row in compared.items()})
     table = []
     for label, rows_of in guides.items():
         for guide, rows in rows_of.items():
@@ -184,7 +214,7 @@ def guide_table(
                 "flag": WEAK_GUIDE if guide in weak else "",
             }
             table.append({**row, **found.get((label, guide), {})})
-    columns = [name for name in GUIDE_TABLE_COLUMNS if name != "q"]
+    columns = [*(name for name in GUIDE_TABLE_COLUMNS if name != "q"), "same_way"]
     result = pd.DataFrame(table, columns=columns)
     p = result["p"].to_numpy(dtype=np.float64)
     result["q"] = np.nan
@@ -193,22 +223,27 @@ def guide_table(
     # The ratio of two effects that are none is noise.
     unclear = ~result[PERTURBATION].isin(clear) & ~(result["q"] < SIGNIFICANT)
     result.loc[unclear, "agreement"] = np.nan
-    for place in _discordant(result):
+    for place in _discordant(result, result["same_way"]):
         result.loc[place, "flag"] = JOIN.join(filter(None, [DISCORDANT, str(result.loc[place, "flag"])]))
     return result[list(GUIDE_TABLE_COLUMNS)]
 
 
-def _discordant(table: pd.DataFrame) -> list[int]:
-    """Return the rows of guides that differ from their siblings and share less than half with them.
+def differing(table: pd.DataFrame) -> pd.Series:
+    """Tell of which rows of guides.tsv the guide differs from its siblings and shares less than half."""
+    return (table["q"] < SIGNIFICANT) & (table["agreement"] < MIN_AGREEMENT)
 
-    Where that is so of all guides of a perturbation, as it is of two, which of them is right cannot be seen.
-    The strongest is kept then, because guides that do nothing are more frequent than guides that do something
-    else.
+
+def _discordant(table: pd.DataFrame, same_way: pd.Series) -> list[int]:
+    """Return the rows of guides that are not to be trusted, of those that differ from their siblings.
+
+    A guide that does the same as its siblings, only more of it, is one that works among guides that do not.
+    Where all guides of a perturbation are left, as of two, which of them is right cannot be seen. The
+    strongest is kept then: guides that do nothing are more frequent than guides that do something else.
     """
-    differ = table[(table["q"] < SIGNIFICANT) & (table["agreement"] < MIN_AGREEMENT)]
+    suspected = table[differing(table) & ~same_way.eq(True)]
     n_compared = table["p"].notna().groupby(table[PERTURBATION]).sum()
     rows: list[int] = []
-    for label, group in differ.groupby(PERTURBATION):
+    for label, group in suspected.groupby(PERTURBATION):
         kept = group["effect_size"].idxmax() if len(group) == n_compared[label] else None
         rows.extend(row for row in group.index if row != kept)
     return rows

@@ -42,7 +42,7 @@ MIN_CELLS = 20
 MIN_SEPARATION = 2.0
 # A narrower component would be a clump of cells, a wider one their outliers.
 NARROWEST, WIDEST = 0.5, 3.0
-EM_STEPS, EM_TOLERANCE = 200, 1e-5
+EM_STEPS, EM_TOLERANCE = 200, 1e-3
 NON_RESPONDING = 0.5
 
 
@@ -53,7 +53,7 @@ class Mixture:
     Parameters
     ----------
     share
-        Of cells that respond.
+        Of cells that respond, within 0 and 1.
     mean, sd
         Of the responding cells.
     gain
@@ -72,9 +72,7 @@ class Mixture:
         if abs(curve) > 1e-9:
             vertex = -self.mean / (self.sd**2 - 1)
             place = np.maximum(place, vertex) if curve > 0 else np.minimum(place, vertex)
-        ratio = 0.5 * (place**2 - ((place - self.mean) / self.sd) ** 2) - np.log(self.sd)
-        share = min(max(self.share, 1e-9), 1 - 1e-9)
-        return expit(ratio + np.log(share / (1 - share)))
+        return expit(log_ratio(place, self.mean, self.sd, self.share))
 
 
 def fit_mixture(place: np.ndarray) -> Mixture:
@@ -85,28 +83,30 @@ def fit_mixture(place: np.ndarray) -> Mixture:
     place
         ``(cells,)`` where controls are standard normal. The responding cells are looked for above 0.
     """
-    alone = -0.5 * place**2
     best: Mixture | None = None
     for quantile in (0.5, 0.9):
         mean, sd, share = max(float(np.quantile(place, quantile)), 0.5), 1.0, 0.5
-        last = -np.inf
         for _ in range(EM_STEPS):
-            responding = -0.5 * ((place - mean) / sd) ** 2 + np.log(share / sd)
-            both = np.logaddexp(responding, alone + np.log1p(-share))
-            weight = np.exp(responding - both)
-            total = float(both.sum())
-            # Means and shares at their limits would have no logarithm or no weight.
-            share = float(np.clip(weight.mean(), 1e-6, 1 - 1e-6))
-            mean = max(float(weight @ place) / max(float(weight.sum()), 1e-12), 0.0)
-            spread = float(weight @ (place - mean) ** 2) / max(float(weight.sum()), 1e-12)
-            sd = float(np.clip(np.sqrt(spread), NARROWEST, WIDEST))
-            if total - last < EM_TOLERANCE * len(place):
+            before = np.array([mean, sd, share])
+            weight = expit(log_ratio(place, *before))
+            total = max(float(weight.sum()), 1e-12)
+            # A share of exactly 0 or 1 has no logarithm.
+            share = min(max(total / len(place), 1e-6), 1 - 1e-6)
+            mean = max(float(weight @ place) / total, 0.0)
+            sd = float(np.sqrt(weight @ (place - mean) ** 2 / total))
+            sd = min(max(sd, NARROWEST), WIDEST)
+            if np.abs(before - (mean, sd, share)).max() < EM_TOLERANCE:
                 break
-            last = total
-        found = Mixture(share, mean, sd, total - float(alone.sum()))
+        ratio = log_ratio(place, mean, sd, share)
+        found = Mixture(share, mean, sd, float((np.logaddexp(0, ratio) + np.log1p(-share)).sum()))
         best = found if best is None or found.gain > best.gain else best
     assert best is not None
     return best
+
+
+def log_ratio(place: np.ndarray, mean: float, sd: float, share: float) -> np.ndarray:
+    """Return the logarithm of the odds to respond ``(cells,)``, where controls are standard normal."""
+    return 0.5 * (place**2 - ((place - mean) / sd) ** 2) + np.log(share / (sd * (1 - share)))
 
 
 class Controls:
