@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class Cells:
         parts = (
             expression,
             ((expression - mean) / scale).clamp(-10, 10),
-            torch.from_numpy(counts_of(pairs, chosen).toarray().astype(np.float32)),
+            torch.from_numpy(replace(pairs, data=counts_of(pairs)).dense(chosen)),
             (log_library - log_library.mean()) / log_library.std(),
             per_target,
             torch.from_numpy(pairs.perturbation[chosen].astype(np.int64)) + 1,

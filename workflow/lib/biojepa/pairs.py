@@ -15,7 +15,6 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from biojepa.contracts import CONTEXT, SELECTED_ON, TARGET_SUM, TEST, TRAIN, TRAINED_ON, VAL
 from biojepa.errors import InputError
@@ -572,7 +571,7 @@ def target_sum_of(pairs: Pairs) -> float:
     return float(pairs.facts[TARGET_SUM])  # type: ignore[arg-type]
 
 
-def counts_of(pairs: Pairs, cells: np.ndarray | None = None) -> sparse.csr_matrix:
+def counts_of(pairs: Pairs) -> np.ndarray:
     """Get back the counts that the expression was made of, for models of counts.
 
     ``expm1(expression) × library size / target sum``, rounded: expression is kept in single precision, which
@@ -582,12 +581,11 @@ def counts_of(pairs: Pairs, cells: np.ndarray | None = None) -> sparse.csr_matri
     ----------
     pairs
         As :func:`read_pairs` gives it.
-    cells
-        Positions of cells, such as ``pairs.cells_of("train")``; all of the file where ``None``.
 
     Returns
     -------
-    Whole numbers ``(cells, genes)``, CSR int32.
+    Whole numbers int32 in the order of ``pairs.data``: the CSR matrix ``(cells, genes)`` of counts has the
+    ``indices`` and ``indptr`` of ``pairs``.
 
     Raises
     ------
@@ -596,20 +594,17 @@ def counts_of(pairs: Pairs, cells: np.ndarray | None = None) -> sparse.csr_matri
 
     Examples
     --------
-    >>> training = pairs.cells_of("train")  # doctest: +SKIP
-    >>> counts, library = counts_of(pairs, training), np.exp(pairs.log_library_size[training])
+    >>> counts = scipy.sparse.csr_matrix((counts_of(pairs), pairs.indices, pairs.indptr))  # doctest: +SKIP
+    >>> training, library = pairs.cells_of("train"), np.exp(pairs.log_library_size)  # doctest: +SKIP
+    >>> counts[training], library[training]  # doctest: +SKIP
     """
     per_count = target_sum_of(pairs) / np.exp(pairs.log_library_size.astype(np.float64))
-    shape = (len(pairs.indptr) - 1, len(pairs.genes))
-    matrix = sparse.csr_matrix((pairs.data, pairs.indices, pairs.indptr), shape=shape)
-    if cells is not None:
-        matrix, per_count = matrix[cells], per_count[cells]
-    counts = np.empty(len(matrix.data), dtype=np.int32)
+    counts = np.empty(len(pairs.data), dtype=np.int32)
     # In blocks, since double precision takes three times the memory of what is read and returned.
-    for first in range(0, matrix.shape[0], BLOCK):
-        bounds = matrix.indptr[first : first + BLOCK + 1]
+    for first in range(0, len(per_count), BLOCK):
+        bounds = pairs.indptr[first : first + BLOCK + 1]
         span = slice(int(bounds[0]), int(bounds[-1]))
-        exact = np.expm1(matrix.data[span].astype(np.float64))
+        exact = np.expm1(pairs.data[span].astype(np.float64))
         exact /= np.repeat(per_count[first : first + BLOCK], np.diff(bounds))
         counts[span] = np.rint(exact)
         off = np.abs(exact - counts[span]) > np.minimum(COUNT_ERROR + COUNT_RELATIVE_ERROR * exact, 0.5)
@@ -620,7 +615,7 @@ def counts_of(pairs: Pairs, cells: np.ndarray | None = None) -> sparse.csr_matri
                 "whole numbers of counts",
                 "give the screen as raw counts, or rerun the preprocess and the pair stage",
             )
-    return sparse.csr_matrix((counts, matrix.indices, matrix.indptr), shape=matrix.shape)
+    return counts
 
 
 def refuse_leaked_pairs(pairs: Pairs) -> None:
