@@ -101,7 +101,7 @@ def test_what_is_said_is_what_the_run_then_makes(folder):
     resolved = load_config(config(), REPO / "workflow" / "schemas")
     source = ScreenSource.from_mapping(resolved.source("mine").screen)
     settings = PreprocessSettings.from_mapping(resolved.settings("mine", "preprocess"))
-    preprocess_file(source, settings, "cells.h5ad", "qc.tsv", "perturbations.tsv")
+    preprocess_file(source, settings, "cells.h5ad", "qc.tsv", "perturbations.tsv", "guides.tsv")
     obs = ad.read_h5ad("cells.h5ad").obs
     assert said["control_cells"] == (obs.perturbation == "control").sum() == 60
     assert said["labelled_cells"] == len(obs) + 3, "but for the perturbation with too few cells"
