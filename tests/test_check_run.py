@@ -76,6 +76,7 @@ def test_the_screen_before_it_is_preprocessed_and_after(folder):
         made / "cells.h5ad",
         made / "qc.tsv",
         made / "perturbations.tsv",
+        made / "guides.tsv",
     )
     report = check_config(SETTINGS)
     assert report["problems"] == []

@@ -154,7 +154,7 @@ def test_of_a_screen_with_labels_the_guide_tables_are_headers_alone(tmp_path):
     screen.write_h5ad(tmp_path / "toy.h5ad")
     source = replace(SOURCE, path=str(tmp_path / "toy.h5ad"), perturbation_column="gene", label_pattern="")
     names = ("guide_calls", "guides_per_cell", "guide_umis", "batches", "distributions")
-    paths = {name: tmp_path / f"{name}.tsv" for name in ("cells", "qc", "perturbations", *names)}
+    paths = {name: tmp_path / f"{name}.tsv" for name in ("cells", "qc", "perturbations", "guides", *names)}
     preprocess_file(source, SETTINGS, **paths)
     for name in names:
         table = read_tsv(paths[name])

@@ -58,7 +58,7 @@ def folder_of_10x(real_data):
 def preprocessed(source, folder):
     """Run the stage, and return its cells and qc.tsv by filter."""
     folder.mkdir(exist_ok=True)
-    files = [folder / name for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv")]
+    files = [folder / name for name in ("cells.h5ad", "qc.tsv", "perturbations.tsv", "guides.tsv")]
     preprocess_file(source, SETTINGS, *files)
     return ad.read_h5ad(files[0]), pd.read_csv(files[1], sep="\t", keep_default_na=False).set_index("filter")
 

@@ -468,6 +468,7 @@ def test_counts_are_got_back_by_value_from_a_real_screen(real_data, tmp_path):
         cells,
         tmp_path / "qc.tsv",
         tmp_path / "perturbations.tsv",
+        tmp_path / "guides.tsv",
     )
     settings = PairSettings(n_genes=100, genes_by_batch=False)
     freeze_split(cells, split, "norman", "perturbation", 0, settings)

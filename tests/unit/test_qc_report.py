@@ -267,7 +267,7 @@ def test_agreement_of_guides_is_shown_where_it_was_measured(inputs: QcInputs) ->
     guides = pd.DataFrame(
         {"guide_id": ["a", "b", "c"], "perturbation": "GENE1", "n_cells": 40, "on_target_log2fc": -1.0,
          "effect_size": [1.0, 2.0, 0.1], "agreement": [0.9, 0.8, np.nan], "p": 0.1, "q": [0.5, 0.01, np.nan],
-         "flag": ["", "discordant", ""]}
+         "flag": ["weak", "discordant;weak", ""]}
     )  # fmt: skip
     found = figures_perturbations.effect_figures(
         replace(inputs, guides=guides, perturbations=inputs.perturbations.assign(responding_share=0.25))

@@ -42,6 +42,7 @@ rule qc_report:
         cells="results/{dataset}/preprocess/cells.h5ad",
         qc="results/{dataset}/preprocess/qc.tsv",
         perturbations="results/{dataset}/preprocess/perturbations.tsv",
+        guides="results/{dataset}/preprocess/guides.tsv",
         guide_calls="results/{dataset}/preprocess/guide_calls.tsv",
         guides_per_cell="results/{dataset}/preprocess/guides_per_cell.tsv",
         guide_umis="results/{dataset}/preprocess/guide_umis.tsv",

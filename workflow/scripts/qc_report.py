@@ -17,25 +17,23 @@ from biojepa.qc_report import QcInputs, build_qc_report
 from biojepa.qc_report.read import read_cell_facts, read_cell_map
 
 TABLES = (
-    "qc", "perturbations", "guide_calls", "guides_per_cell", "guide_umis", "batches", "distributions",
+    "qc", "perturbations", "guides", "guide_calls", "guides_per_cell", "guide_umis", "batches",
+    "distributions",
 )  # fmt: skip
 
 
 def main(snakemake) -> None:
     """Read the tables and the cells, and write the page."""
     source, params = snakemake.input, snakemake.params
-    guides = source.get("guides", None)
-    listed = [*TABLES, "guides"] if guides else TABLES
     inputs = QcInputs(
         dataset=params.dataset,
         **{name: read_tsv(source[name]) for name in TABLES},
         cells=read_cell_facts(source.cells),
         cell_map=read_cell_map(source.cells, params.settings["seed"]),
-        guides=read_tsv(guides) if guides else None,
         settings=params.settings,
         provenance=environment(),
         reports={"index of all reports": "../../index.html"},
-        files=tuple(Path(source[name]).name for name in listed),
+        files=tuple(Path(source[name]).name for name in TABLES),
     )
     write_text(build_qc_report(inputs), snakemake.output.html)
 

@@ -61,6 +61,8 @@ PERTURBATION_TABLE_COLUMNS = (
     "responding_share",
     "flag",
 )
+# Flag of a guide that does something else than the others of its perturbation; flags are joined by ";".
+DISCORDANT = "discordant"
 GUIDE_TABLE_COLUMNS = (
     GUIDE_ID,
     PERTURBATION,

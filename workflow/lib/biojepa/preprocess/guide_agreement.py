@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control
 
-from biojepa.contracts import CONTROL, GUIDE_ID, GUIDE_TABLE_COLUMNS, PERTURBATION
+from biojepa.contracts import CONTROL, DISCORDANT, GUIDE_ID, GUIDE_TABLE_COLUMNS, PERTURBATION
 from biojepa.guides import GUIDE_JOIN
 from biojepa.labels import genes_of
 from biojepa.preprocess.effects import (
@@ -42,7 +42,7 @@ FIRST = 100
 SAME_WAY = 0.5
 # Cells of a guide at most: a difference that 100 cells do not show is no reason to drop a guide.
 GUIDE_CELLS = 100
-DISCORDANT, WEAK_GUIDE = "discordant", "weak"
+WEAK_GUIDE = "weak"
 
 Guides = dict[str, dict[str, np.ndarray]]
 

@@ -262,7 +262,8 @@ def _agreement_figure(guides: pd.DataFrame) -> Figure | None:
     rows = guides.dropna(subset=["agreement", "effect_size"])
     if rows.empty:
         return None
-    flagged = rows["flag"].fillna("").astype(str).ne("") & rows["flag"].astype(str).ne("False")
+    # A guide may be weak too, which is a matter of its target alone.
+    flagged = rows["flag"].fillna("").str.split(";").map(lambda flags: contracts.DISCORDANT in flags)
     data = []
     for chosen, name, color, symbol in (
         (flagged, "disagrees with its siblings", "@main", "diamond"),

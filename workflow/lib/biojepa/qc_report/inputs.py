@@ -14,7 +14,6 @@ from biojepa.report.inputs import require_columns
 MAP_COLUMNS = ("umap_1", "umap_2", contracts.PERTURBATION, contracts.BATCH, contracts.LIBRARY_SIZE)
 # Columns that not every version of preprocess writes; shown where they are.
 RESPONDING_SHARE = "responding_share"
-GUIDES_COLUMNS = ("guide_id", contracts.PERTURBATION, "n_cells", "effect_size", "agreement", "q", "flag")
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class QcInputs:
             "batches": contracts.BATCHES_COLUMNS,
             "distributions": contracts.DISTRIBUTIONS_COLUMNS,
             "cell_map": MAP_COLUMNS,
-            "guides": GUIDES_COLUMNS,
+            "guides": contracts.GUIDE_TABLE_COLUMNS,
         }
         for name, columns in wanted.items():
             table = getattr(self, name)
