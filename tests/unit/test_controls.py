@@ -301,6 +301,16 @@ def test_components_of_one_gene_are_refused_with_what_to_change(tmp_path):
         screen.build(strategy="nearest", n_genes=1)
 
 
+def test_a_lone_cell_is_sent_to_any_control_of_its_pool_alike():
+    """Its plan is the only one, which needs no solver."""
+    perturbation = np.append(np.full(5, CONTROL_CODE), np.arange(4000))
+    scores = RNG(0).normal(size=(4005, 3))
+    pools = ControlPools.of(perturbation, [np.zeros(4005, dtype=np.int64)])
+    partner = transport_controls(pools, perturbation, scores, 512, RNG(1))
+    counts = np.bincount(partner[5:], minlength=5)
+    assert len(counts) == 5 and np.abs(counts - 800).max() < 5 * np.sqrt(640)
+
+
 def test_an_unknown_strategy_is_refused(screen):
     with pytest.raises(ValueError, match="strategy is 'twins'; expected one of population, random"):
         screen.build("twins.h5", strategy="twins")
