@@ -93,7 +93,8 @@ def test_the_screen_before_it_is_preprocessed_and_after(folder):
         assert said["folds"]["perturbation"][fold] == {"fold": fold, **sizes}
     facts = {"dataset": "tiny", "scheme": "perturbation", "fold": FOLDS[-1], "seed": 0, "split_sha256": ""}
     files = [raw / "network.tsv.gz"], [raw / "gene_sets.gmt"]
-    coverage = build_pairs(made / "cells.h5ad", "split.tsv", "pairs.h5", *files, pair, facts)
+    tables = build_pairs(made / "cells.h5ad", "split.tsv", "pairs.h5", *files, pair, facts)
+    coverage = tables.coverage
     assert {one["name"]: one["covers"] for one in said["coverage"]["sources"]} == {
         name: coverage[name].sum() for name in ("network", "gene_sets")
     }

@@ -46,7 +46,7 @@ def effect_figures(inputs: QcInputs) -> list[Figure]:
         changed_genes(table),
         effect_figure(table, MAX_DRAWN),
     ]
-    if RESPONDING_SHARE in table:
+    if table[RESPONDING_SHARE].notna().any():
         found.append(_responding_figure(table))
     if inputs.guides is not None and len(inputs.guides):
         found.append(_agreement_figure(inputs.guides))

@@ -77,7 +77,7 @@ def perturbation_rows(table: pd.DataFrame) -> dict[str, Any]:
         _column("effect_q", "q", "p", _numbers(rows["effect_q"])),
         _column("n_deg", "Changed genes", "count", _numbers(rows["n_deg"])),
     ]
-    if RESPONDING_SHARE in rows:
+    if rows[RESPONDING_SHARE].notna().any():
         columns.append(_column(RESPONDING_SHARE, "Responding", "percent", _numbers(rows[RESPONDING_SHARE])))
     columns.append(_column("flag", "Flags", "text", flags.str.replace(";", ", ").tolist()))
     return {

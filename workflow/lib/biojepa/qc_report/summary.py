@@ -315,7 +315,7 @@ def _responses(inputs: QcInputs) -> str:
         ]
         text += f"; the strongest are {', '.join(map(str, strongest[:3]))}"
     text += "."
-    if RESPONDING_SHARE in table and (shares := clear[RESPONDING_SHARE].dropna()).size:
+    if (shares := clear[RESPONDING_SHARE].dropna()).size:
         text += f" Of their cells, {format_percent(shares.median())} respond at the median."
     return text
 
