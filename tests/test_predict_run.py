@@ -51,7 +51,8 @@ def table(asked):
 def test_nothing_is_made_for_prediction_but_its_own_files(asked):
     pipeline, config, _ = asked
     none = "tiny/none/fold0"
-    made = {f"{none}/pair/{name}" for name in ("split.tsv", "split.json", "pairs.h5", "coverage.tsv")}
+    paired = ("split.tsv", "split.json", "pairs.h5", "coverage.tsv", "training_cells.tsv", "balance.tsv")
+    made = {f"{none}/pair/{name}" for name in paired}
     made |= {f"{none}/biojepa/seed0/train/{name}" for name in ("model.pt", "history.tsv", "metrics.json")}
     made |= {f"tiny/predict/{name}" for name in ("predictions.tsv", "predictions.h5ad")}
     made |= {f"{none}/pair/provenance/{rule}.json" for rule in ("freeze_split", "pair")}
