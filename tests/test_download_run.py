@@ -22,7 +22,6 @@ from workflow_case import Pipeline, files_below, serve
 GENES = [f"G{i:02d}" for i in range(40)]
 N_CELLS = 252
 FETCHED = "resources/datasets"
-
 PREPROCESSED = ("preprocessed", "--until", "preprocess")
 
 

@@ -51,8 +51,8 @@ def test_a_changed_setting_reruns_the_stages_that_use_it(finished, change, expec
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        ("report/style.css", {"report": 1, "index": 1, "provenance": 1}),
-        ("evaluation/verdict.py", SCORED),
+        ("report/style.css", {"qc_report": 1, "report": 1, "index": 1, "provenance": 1}),
+        ("evaluation/verdict.py", {"qc_report": 1, **SCORED}),  # the package of reports knows verdicts
         ("model/predictor.py", {"train": 8, **AFTER_TRAINING, **SCORED}),
         ("simulate/network.py", ALL_JOBS),
     ],
