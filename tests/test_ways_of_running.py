@@ -252,6 +252,7 @@ def test_conda_a_prefix_and_the_number_of_cores_change_no_number(by_conda, as_mo
     }
     assert {name.rsplit("/", 1)[1] for name in shared} == {
         *("qc.tsv", "perturbations.tsv", "guides.tsv", "split.tsv", "coverage.tsv"),
+        *("guide_calls.tsv", "guides_per_cell.tsv", "guide_umis.tsv", "batches.tsv", "distributions.tsv"),
         *("training_cells.tsv", "balance.tsv"),
         *("history.tsv", "representation.tsv", "umap.tsv"),
     }
