@@ -194,7 +194,7 @@ def test_in_papalexi_most_knock_outs_of_the_interferon_pathway_respond(real_data
         cell_metadata=str(folder / "cells.csv"),
         guide_table=str(folder / "guides.csv"),
     )
-    result = preprocess_screen(read_screen(source), source, PreprocessSettings(permutations=199))
+    result = preprocess_screen(read_screen(source), source, PreprocessSettings())
     pathway = ["IFNGR1", "IFNGR2", "JAK2", "STAT1"]
     assert shares(result)[pathway].between(0.7, 0.95).all()
     # Targets without any effect in these cells.
@@ -206,8 +206,10 @@ def test_in_papalexi_most_knock_outs_of_the_interferon_pathway_respond(real_data
         control = cp10k[cells.obs["is_control"].to_numpy()].mean()
         assert cp10k[here & (posterior >= 0.5)].mean() < 0.65 * control
         assert cp10k[here & (posterior < 0.5)].mean() > 0.65 * control
-    # The guides of the four do the same; those of IRF1 differ in strength.
-    guides = result.guides.set_index("perturbation")
-    assert guides.loc[pathway, "agreement"].min() > 0.9
-    assert (guides.loc["IRF1", "q"] < 0.05).all()
-    assert guides.loc["IRF1", "agreement"].min() < 0.65
+    # The guides of the four do the same; two of IRF1 do little, which their siblings show.
+    guides = result.guides.set_index("guide_id")
+    assert guides.loc[guides["perturbation"].isin(pathway), "agreement"].min() > 0.8
+    assert guides.loc["IRF1g1", "q"] < 0.05
+    assert guides.loc["IRF1g1", "agreement"] < 0.7
+    assert guides.loc[["IRF1g1", "IRF1g2"], "effect_size"].max() < 0.7
+    assert guides.loc[["IRF1g3", "IRF1g4"], "effect_size"].min() > 2

@@ -93,7 +93,7 @@ def describe_screen(
     marks = read_cell_cycle_genes(genes, cell_cycle_genes) if settings.cell_cycle else None
     cycle, notes = _cell_cycle(genes, marks, effects, len(obs))
     guides = guides_of(obs)
-    compared = sampled_guides(guides, settings)
+    compared = sampled_guides(guides, effects.sample, settings)
     control = np.union1d(
         effects.sample[CONTROL],
         sample_rows(effects.control, CONTROL_CELLS, settings.seed, "responding cells"),

@@ -40,8 +40,9 @@ MIN_AGREEMENT = 0.5
 FIRST = 100
 # Cosine from which two responses go the same way.
 SAME_WAY = 0.5
-# Cells of a guide at most: a difference that 100 cells do not show is no reason to drop a guide.
-GUIDE_CELLS = 100
+# Cells of a guide at most. They show a mean response as large as the scatter of single cells, and half of it,
+# which is what the flag asks for.
+GUIDE_CELLS = 75
 WEAK_GUIDE = "weak"
 
 Guides = dict[str, dict[str, np.ndarray]]
@@ -84,20 +85,31 @@ def guides_of(obs: pd.DataFrame) -> Guides:
     return found
 
 
-def sampled_guides(guides: Guides, settings: PreprocessSettings) -> Guides:
+def sampled_guides(guides: Guides, sample: Mapping[str, np.ndarray], settings: PreprocessSettings) -> Guides:
     """Return the cells in which guides are compared: of perturbations with two guides or more to compare.
 
-    A guide is compared where it has ``min_cells_per_guide`` cells, in at most ``GUIDE_CELLS`` of them.
+    A guide is compared where it has ``min_cells_per_guide`` cells, in at most ``GUIDE_CELLS`` of them. Those
+    of which scores are needed anyway come first; which these are has nothing to do with the guide.
+
+    Parameters
+    ----------
+    guides
+        From :func:`guides_of`.
+    sample
+        Perturbation to its cells in which effects are measured.
+    settings
+        Sizes and seed.
     """
     found: Guides = {}
     most = min(GUIDE_CELLS, settings.effect_cells)
     for label, rows_of in guides.items():
         enough = {g: rows for g, rows in rows_of.items() if len(rows) >= settings.min_cells_per_guide}
-        if len(enough) > 1:
-            found[label] = {
-                guide: sample_rows(rows, most, settings.seed, f"{label}, guide {guide}")
-                for guide, rows in enough.items()
-            }
+        for guide, rows in enough.items() if len(enough) > 1 else ():
+            name = f"{label}, guide {guide}"
+            known = sample_rows(np.intersect1d(rows, sample[label]), most, settings.seed, name)
+            others = np.setdiff1d(rows, known)
+            more = sample_rows(others, most - len(known), settings.seed, name)
+            found.setdefault(label, {})[guide] = np.union1d(known, more)
     return found
 
 
@@ -221,8 +233,7 @@ def guide_table(
     if np.isfinite(p).any():
         result.loc[np.isfinite(p), "q"] = false_discovery_control(p[np.isfinite(p)])
     # The ratio of two effects that are none is noise.
-    unclear = ~result[PERTURBATION].isin(clear) & ~(result["q"] < SIGNIFICANT)
-    result.loc[unclear, "agreement"] = np.nan
+    result.loc[~result[PERTURBATION].isin(clear), "agreement"] = np.nan
     for place in _discordant(result, result["same_way"]):
         result.loc[place, "flag"] = JOIN.join(filter(None, [DISCORDANT, str(result.loc[place, "flag"])]))
     return result[list(GUIDE_TABLE_COLUMNS)]
