@@ -40,8 +40,7 @@ MIN_AGREEMENT = 0.5
 FIRST = 100
 # Cosine from which two responses go the same way.
 SAME_WAY = 0.5
-# Cells of a guide at most. They show a mean response as large as the scatter of single cells, and half of it,
-# which is what the flag asks for.
+# Cells of a guide at most: enough to see half of a clear effect go missing, which is what the flag asks for.
 GUIDE_CELLS = 75
 WEAK_GUIDE = "weak"
 

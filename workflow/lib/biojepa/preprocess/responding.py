@@ -10,6 +10,7 @@ likely belong to the controls non-perturbed. Here:
 - No cell is placed on a line that it helped to draw: lines are drawn from four fifths of the sampled cells
   and controls for the last fifth, and from all of them for cells that were not sampled. Otherwise cells of a
   perturbation without any effect lie away from the controls.
+- The mixture is fitted to the sampled cells, and all cells of the perturbation are judged by it.
 - The second normal distribution lies above that of the controls. Where it is narrower or wider than that one,
   a cell farther out is not called less responding again.
 - Where the perturbation has no clear effect, the mixture is no better than the controls alone, or its two
@@ -64,6 +65,13 @@ class Mixture:
     mean: float
     sd: float
     gain: float
+
+    def is_clear(self, n: int) -> bool:
+        """Tell whether the mixture of ``n`` cells beats the controls alone, and its parts lie apart.
+
+        By the Bayesian information criterion, for three numbers fitted.
+        """
+        return 2 * self.gain > 3 * np.log(n) and self.mean >= MIN_SEPARATION
 
     def posterior(self, place: np.ndarray) -> np.ndarray:
         """Return the probability to respond at places on the line ``(cells,)``; it never falls outwards."""
@@ -227,6 +235,7 @@ class Responding:
         self._scores = scores
         self._place = np.full(n_cells, np.nan)
         self._lines: dict[str, Line] = {}
+        self._mixtures: dict[str, Mixture] = {}
         if len(control) < MIN_CELLS:
             return
         controls = Controls(scores.of(control), np.random.default_rng([seed, 3]))
@@ -234,8 +243,9 @@ class Responding:
             rng = np.random.default_rng([seed, zlib.crc32(label.encode()), 3])
             if len(sample[label]) >= MIN_CELLS:
                 line = draw_line(scores.of(sample[label]), controls, rng)
-                if line is not None:
-                    self._lines[label] = line
+                mixture = None if line is None else fit_mixture(line.sampled)
+                if line is not None and mixture is not None and mixture.is_clear(len(line.sampled)):
+                    self._lines[label], self._mixtures[label] = line, mixture
                     self._place[sample[label]] = line.sampled
 
     def place_others(self, expression: RowBlocks) -> None:
@@ -272,12 +282,8 @@ class Responding:
         shares = {}
         for label in self._lines:
             rows = self._rows_of[label]
-            place = self._place[rows]
-            mixture = fit_mixture(place)
-            # Bayesian information criterion for three numbers fitted.
-            if 2 * mixture.gain > 3 * np.log(len(rows)) and mixture.mean >= MIN_SEPARATION:
-                posterior[rows] = mixture.posterior(place)
-                shares[label] = float(posterior[rows].mean())
+            posterior[rows] = self._mixtures[label].posterior(self._place[rows])
+            shares[label] = float(posterior[rows].mean())
         return posterior, shares
 
 
