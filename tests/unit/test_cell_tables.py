@@ -135,7 +135,7 @@ def test_every_cell_is_in_one_bin(made):
 def test_the_filter_of_guides_names_every_number_of_its_rule():
     rules = {
         GuideAssignment(): "dominance, ≥ 5 UMIs",
-        GuideAssignment(method="threshold"): "threshold, ≥ 5 UMIs, ≥ 0.2 of the top guide",
+        GuideAssignment(method="threshold"): "threshold, ≥ 5 UMIs, ≥ 0.2 of top guide",
         GuideAssignment(
             method="mixture", min_posterior=0.8, min_umis=2
         ): "mixture, posterior ≥ 0.8, ≥ 2 UMIs, called share ≥ 0.6",

@@ -110,11 +110,11 @@ def test_distributions_are_the_bins_of_the_table_with_the_limits_of_each_batch(i
     kept = trace(spec, "kept")
     assert kept["y"][:-1] == bins["cells_kept"].tolist()
     assert kept["x"] == pytest.approx([*bins["bin_low"], bins["bin_high"].iloc[-1]])
-    poor = trace(spec, "of poor quality")
+    poor = trace(spec, "poor quality")
     assert poor["customdata"][:-1] == bins["cells_low_quality"].tolist()
     # An area begins where the one under it ends, so that what is seen of it is its own part.
     assert np.subtract(poor["y"], kept["y"]).tolist() == poor["customdata"]
-    assert trace(spec, "without one perturbation")["y"][:-1] == bins["cells"].tolist()
+    assert trace(spec, "unassigned")["y"][:-1] == bins["cells"].tolist()
     drawn = sorted(shape["x0"] for shape in spec["layout"]["shapes"])
     assert drawn == pytest.approx(sorted([*limits["limit_low"], *limits["limit_high"]]))
     boxes = found.options["batch by batch"]["data"]
@@ -241,7 +241,11 @@ def test_each_problem_is_named(inputs: QcInputs) -> None:
     )
     weak = table.assign(effect_q=0.5, flag="weak;one_guide;guides_disagree")
     text = warned(replace(inputs, perturbations=weak))
-    assert "Only 0 % of 30 perturbations change cells detectably. 30 of 30 perturbations rest on one" in text
+    assert "None of 30 perturbations changes cells detectably. 30 of 30 perturbations rest on one" in text
+    few = replace(inputs, perturbations=weak.assign(effect_p=1 / 21), settings={"permutations": 20})
+    assert "raise preprocess.permutations" not in "".join(item.advice for item in summary.warnings(few))
+    few = replace(few, perturbations=weak.assign(effect_p=[1 / 21] * 15 + [0.5] * 15))
+    assert "raise preprocess.permutations" in "".join(item.advice for item in summary.warnings(few))
     assert (
         f"Guides of 30 perturbations disagree: {', '.join(NASTY)}, GENE0, GENE1, GENE2 and 22 more." in text
     )

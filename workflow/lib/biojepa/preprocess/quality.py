@@ -140,7 +140,7 @@ def _rule_of_calls(calls: GuideAssignment) -> str:
     if calls.method == MIXTURE and calls.share > 0:
         parts.append(f"called share ≥ {calls.share:g}")
     if calls.method == THRESHOLD:
-        parts.append(f"≥ {calls.share:g} of the top guide")
+        parts.append(f"≥ {calls.share:g} of top guide")
     return ", ".join(parts)
 
 

@@ -68,7 +68,7 @@ def _distribution_figure(inputs: QcInputs, metric: str) -> Figure:
     low, high = _limits(rows)
     caption = Caption(
         title=title,
-        shows="Cells kept (blue), of poor quality (orange), and without one perturbation (grey); dotted: "
+        shows="Cells kept (blue), of poor quality (orange), and unassigned (grey); dotted: "
         "limits. "
         + ("Batch by batch: quartiles, 5th and 95th percentile before the filters." if len(rows) > 1 else ""),
         read=look,
@@ -80,7 +80,7 @@ def _distribution_figure(inputs: QcInputs, metric: str) -> Figure:
         ),
         thresholds=_limits_told(low, high, unit),
         misleads="Orange cells were dropped by any filter of quality, not only by this one. Grey ones have "
-        "no perturbation, several, or one with too few cells.",
+        "no perturbation, more than is accepted, or one with too few cells.",
     )
     return Figure(f"distribution-{metric}", options, caption, height=320, selector="Show")
 
@@ -114,8 +114,8 @@ def _histogram(bins: pd.DataFrame, rows: pd.DataFrame, unit: str, logged: bool) 
         bins = bins[bins["bin_high"] > 1]
         bins = bins.assign(bin_low=bins["bin_low"].clip(lower=1))
     layers = (
-        ("without one perturbation", bins["cells"], "@negative"),
-        ("of poor quality", bins["cells_kept"] + bins["cells_low_quality"], "@main"),
+        ("unassigned", bins["cells"], "@negative"),
+        ("poor quality", bins["cells_kept"] + bins["cells_low_quality"], "@main"),
         ("kept", bins["cells_kept"], "@baseline"),
     )
     # Areas lie upon each other, so that of each its own part is seen; that is what hovering tells.

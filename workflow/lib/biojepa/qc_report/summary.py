@@ -89,7 +89,7 @@ def _controls(inputs: QcInputs) -> list[Warned]:
             Warned(
                 f"{len(without)} of {plural(len(table), 'batch', 'batches')} have fewer than "
                 f"{FEW_CONTROLS_IN_BATCH} control cells: {names_of(without)}.",
-                f"{format_percent(share)} of the cells are there and have no control of their own batch.",
+                f"{format_percent(share)} of the cells are there, with few controls of their batch or none.",
             )
         )
     return found
@@ -210,10 +210,13 @@ def _effects(inputs: QcInputs) -> list[Warned]:
     q = table["effect_q"].dropna()
     share = float((q < SIGNIFICANT).mean()) if len(q) else np.nan
     if share < FEW_EFFECTS:
+        n = plural(len(q), "perturbation")
+        some = f"Only {format_percent(share)} of {n} change cells detectably."
+        advice = "No model can be asked to predict the others: their truth is noise."
         found.append(
             Warned(
-                f"Only {format_percent(share)} of {plural(len(q), 'perturbation')} change cells detectably.",
-                "No model can be asked to predict the others: their truth is noise.",
+                some if share else f"None of {n} changes cells detectably.",
+                advice + _too_few_permutations(inputs),
             )
         )
     by_one = has_flag(table, "one_guide")
@@ -225,6 +228,21 @@ def _effects(inputs: QcInputs) -> list[Warned]:
             )
         )
     return found
+
+
+def _too_few_permutations(inputs: QcInputs) -> str:
+    """Say so where not even perturbations with the smallest possible p could have been significant."""
+    permutations, p = inputs.settings.get("permutations"), inputs.perturbations["effect_p"].dropna()
+    if permutations is None or p.empty:
+        return ""
+    smallest = 1 / (int(permutations) + 1)
+    reached = int((p <= smallest * (1 + 1e-6)).sum())
+    if smallest * len(p) / max(reached, 1) < SIGNIFICANT:
+        return ""
+    return (
+        f" But with {plural(int(permutations), 'permutation')} none could have passed: raise "
+        "preprocess.permutations."
+    )
 
 
 def _disagreement(inputs: QcInputs) -> list[Warned]:
@@ -248,9 +266,9 @@ def sentences(inputs: QcInputs) -> list[str]:
 
 def _kept(inputs: QcInputs) -> str:
     read, kept = int(inputs.qc["cells_before"].iloc[0]), inputs.cells.n_cells
-    text = (
-        f"Of {plural(read, 'cell')}, {format_count(kept)} ({format_percent(kept / max(read, 1))}) were kept."
-    )
+    share = kept / max(read, 1)
+    told = "all but a few" if 0.995 <= share < 1 else format_percent(share)
+    text = f"Of {plural(read, 'cell')}, {format_count(kept)} ({told}) were kept."
     lost = inputs.qc[inputs.qc["cells_removed"] > 0].sort_values(
         "cells_removed", ascending=False, kind="stable"
     )

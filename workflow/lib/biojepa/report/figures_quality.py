@@ -15,7 +15,7 @@ from biojepa.report.inputs import ReportInputs
 from biojepa.report.tables import format_count, format_percent
 
 # Letters of a threshold beside its bar.
-MAX_RULE = 34
+MAX_RULE = 40
 
 
 def quality_figures(inputs: ReportInputs) -> list[Figure]:
