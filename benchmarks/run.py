@@ -69,6 +69,10 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "evaluation_speed": Benchmark(
         "seconds and memory of evaluation and report at 2,000 perturbations", "evaluation_speed.py"
     ),
+    "evaluation_growth": Benchmark(
+        "growth of seconds and memory of evaluation and report to 10,000 perturbations",
+        "evaluation_growth.py",
+    ),
     "scaling": Benchmark(
         "growth of seconds and memory with cells and perturbations, to a million and to 10,000", "scaling.py"
     ),
