@@ -23,7 +23,10 @@ from collections import Counter
 from pathlib import Path
 
 import pandas as pd
-from record import ROOT, provenance, write_result
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "lib"))
+
+from record import ROOT, provenance, write_result  # noqa: E402
 
 # Rules whose script has another name.
 SCRIPTS = {"umap": "umap_cells"}

@@ -22,7 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from record import RESULTS, provenance, write_result
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "lib"))
+
+from record import RESULTS, provenance, write_result  # noqa: E402
 
 SPEED = Path(__file__).with_name("evaluation_speed.py")
 NAME = "evaluation_growth"
