@@ -26,7 +26,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "lib"))
 
-from record import ROOT, provenance, write_result  # noqa: E402
+from record import ROOT, provenance, write_result
 
 # Rules whose script has another name.
 SCRIPTS = {"umap": "umap_cells"}

@@ -25,7 +25,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "lib"))
 
-from record import RESULTS, provenance, write_result  # noqa: E402
+from record import RESULTS, provenance, write_result
 
 SPEED = Path(__file__).with_name("evaluation_speed.py")
 NAME = "evaluation_growth"
