@@ -1,9 +1,11 @@
 """Fixtures of all tests: where the repository and the real data are, and one finished run of the chain."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from biojepa.raw import ScreenSource
 from workflow_case import REPO, Pipeline
@@ -51,8 +53,18 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(checkout, tmp_path_factory) -> Pipeline:
-    """Run the whole chain once on a tiny simulated screen."""
-    pipeline = Pipeline(checkout, tmp_path_factory.mktemp("finished"))
-    answer = pipeline.run()
-    assert answer.returncode == 0, answer.stdout
-    return pipeline
+    """Run the whole chain once on a tiny simulated screen; each process of the tests has its own copy."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which the processes share
+    run = folder / "finished_once"
+    with FileLock(folder / "finished.lock", timeout=800):
+        if not (run / "done").exists():
+            shutil.rmtree(run, ignore_errors=True)
+            answer = Pipeline(checkout, run).run()
+            assert answer.returncode == 0, answer.stdout
+            (run / "done").touch()
+    copy = tmp_path_factory.mktemp("copy") / "finished"
+    # With the times of the files, by which Snakemake tells what is up to date.
+    shutil.copytree(run, copy, symlinks=True, ignore=shutil.ignore_patterns("done"))
+    return Pipeline(checkout, copy)

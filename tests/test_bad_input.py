@@ -1,6 +1,7 @@
 """What a user can get wrong: every mistake stops with one message that says what to change."""
 
 import hashlib
+from dataclasses import fields
 
 import anndata as ad
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 
 from biojepa.errors import InputError
+from biojepa.preprocess import Tables
 from biojepa.training.optimization import choose_device
 from workflow_case import Pipeline, files_below, serve
 
@@ -148,7 +150,8 @@ def test_broken_data_stop_with_one_message_that_names_file_and_fix(broken, datas
 @pytest.mark.parametrize("dataset", MESSAGES)
 def test_broken_data_leave_nothing_half_written(broken, dataset):
     stage = STAGE_OF.get(dataset, "preprocess")
-    made = ("cells.h5ad", "qc.tsv", "perturbations.tsv", "guides.tsv", "provenance/preprocess.json")
+    tables = [f"{field.name}.tsv" for field in fields(Tables)]
+    made = ("cells.h5ad", *tables, "provenance/preprocess.json")
     preprocess = {f"preprocess/{name}" for name in made}
     frozen = ("split.tsv", "split.json", "provenance/freeze_split.json")
     split = {f"perturbation/fold0/pair/{name}" for name in frozen}

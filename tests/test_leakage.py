@@ -314,6 +314,7 @@ def test_an_evaluation_without_pairs_says_what_it_could_not_check(finished):
         ("early stopping", "was selected or stopped by 1 test perturbation"),
         ("sets", "early stopping and selection would use it so"),
         ("genes", "genes are not those that the training cells"),
+        ("genes by batch", "genes are not those that the training cells"),
     ],
 )
 def test_a_planted_leak_stops_the_evaluation(finished, files, tested, tmp_path, monkeypatch, leak, message):
@@ -337,11 +338,16 @@ def test_a_planted_leak_stops_the_evaluation(finished, files, tested, tmp_path, 
             file["names/sets"][list(file["names/labels"].asstr()[:]).index(tested[0])] = "val"
         pairs[0] = planted
     else:
-        honest_moments = pairing.gene_moments
+        # All cells choose the genes, those of test perturbations too.
+        honest_moments, honest_batches = pairing.gene_moments, pairing.batches_that_choose
         monkeypatch.setattr(
             pairing, "gene_moments", lambda matrix, keep, n: honest_moments(matrix, np.ones_like(keep), n)
         )
-        rebuild(files, planted, settings=replace(SETTINGS, n_genes=60))
+        monkeypatch.setattr(
+            pairing, "batches_that_choose", lambda batch, keep: honest_batches(batch, np.ones_like(keep))
+        )
+        by_batch = leak == "genes by batch"
+        rebuild(files, planted, settings=replace(SETTINGS, n_genes=60, genes_by_batch=by_batch))
         pairs[0] = planted
     with pytest.raises(LeakageError, match=message):
         evaluated(finished, pairs, predictions=predictions)

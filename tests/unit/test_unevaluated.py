@@ -55,8 +55,10 @@ def test_the_page_says_that_nothing_is_evaluated_and_what_was_trained_on_what():
 
 
 def test_the_page_leads_to_what_is_evaluated_and_predicted():
-    page = page_of(reports={"gene": "../gene/report.html"}, predictions="../predict/predictions.tsv")
     qc = "../../demo/preprocess/qc.html"
+    page = page_of(
+        reports={"gene": "../gene/report.html"}, predictions="../predict/predictions.tsv", qc_page=qc
+    )
     assert links_of(page) == ["../gene/report.html", "../predict/predictions.tsv", qc]
     assert "is not known" not in page and "nothing is asked for" not in page
     alone = page_of()
