@@ -12,7 +12,13 @@ from biojepa.contracts import GUIDE_TABLE_COLUMNS
 from biojepa.files import read_tsv
 from biojepa.preprocess import PreprocessSettings, preprocess_screen, write_preprocessed
 from biojepa.preprocess.effects import energy_distance
-from biojepa.preprocess.guide_agreement import Moments, compare_siblings
+from biojepa.preprocess.guide_agreement import (
+    CENTRE_CELLS,
+    BatchCentred,
+    Moments,
+    compare_siblings,
+    permute_within,
+)
 from biojepa.raw import ScreenSource
 from biojepa.raw import matrix as matrix_module
 
@@ -104,6 +110,89 @@ def test_the_test_is_calibrated_and_finds_a_difference():
         assert abs(np.mean(np.array(p) <= level) - level) < 3 * np.sqrt(level * (1 - level) / 600)
     shifted = {"a": rng.normal(2, 1, (12, 3)), "b": rng.normal(size=(12, 3)), "c": rng.normal(size=(12, 3))}
     assert compare_siblings(shifted, control, 199, rng)["a"]["p"] == 1 / 200
+
+
+class KnownScores:
+    """Scores of all cells of a made-up screen."""
+
+    def __init__(self, points):
+        self.rows, self._points = np.arange(len(points)), points
+
+    def of(self, rows):
+        return self._points[rows]
+
+
+def test_scores_are_centred_by_controls_of_the_batch_or_else_by_all_its_cells():
+    """Batch a has controls, b too few of them, c too few cells of any kind."""
+    rng = np.random.default_rng(4)
+    batch = pd.Series(["a"] * 60 + ["b"] * 50 + ["c"] * (CENTRE_CELLS - 1))
+    points = rng.normal(size=(len(batch), 3)) + np.where(batch == "a", 5, -7)[:, None]
+    control = np.array([*range(30), *range(60, 60 + CENTRE_CELLS - 1)])
+    centred = BatchCentred(KnownScores(points), batch, control)
+    shift = points - centred.of(np.arange(len(batch)))
+    everywhere = points[control].mean(axis=0)
+    np.testing.assert_allclose(shift[:60], np.tile(points[:30].mean(axis=0) - everywhere, (60, 1)))
+    np.testing.assert_allclose(shift[60:110], np.tile(points[60:110].mean(axis=0) - everywhere, (50, 1)))
+    assert not shift[110:].any()
+    one = BatchCentred(KnownScores(points), pd.Series(["all"] * len(batch)), control)
+    np.testing.assert_array_equal(one.of(np.arange(len(batch))), points)
+    # Nine cells of b are too few to be permuted by themselves.
+    strata = centred.strata(np.r_[0:12, 60:69, 110:113])
+    assert strata.tolist() == [0] * 12 + [-1] * 12
+
+
+def test_permutations_keep_the_guides_of_each_stratum():
+    rng = np.random.default_rng(5)
+    code, strata = rng.integers(3, size=40), rng.integers(4, size=40)
+    permuted = permute_within(code, strata, 50, rng)
+    assert len(np.unique(permuted, axis=0)) > 45
+    for stratum in range(4):
+        here = np.sort(permuted[:, strata == stratum], axis=1)
+        assert (here == np.sort(code[strata == stratum])).all()
+    # One stratum: the very permutations that are made without any.
+    without, one = (permute_within(code, s, 9, np.random.default_rng(6)) for s in (None, np.zeros(40)))
+    np.testing.assert_array_equal(without, one)
+
+
+def in_batches(share_of_guide, shift=4.0):
+    """Return the toy screen in two batches; ten genes of y are ``shift`` times as high, also in controls.
+
+    ``share_of_guide`` says which share of the cells of a guide is of y; half of those not named are.
+    """
+    screen = toy(seed=1)
+    rng = np.random.default_rng(7)
+    guide = screen.obs["guide"].astype(str).to_numpy()
+    share = np.array([share_of_guide.get(name, 0.5) for name in guide])
+    screen.obs["lane"] = np.where(rng.random(len(guide)) < share, "y", "x")
+    counts = screen.X.toarray()
+    in_y = (screen.obs["lane"] == "y").to_numpy()
+    counts[np.ix_(in_y, range(30, 40))] = rng.poisson(shift * counts[np.ix_(in_y, range(30, 40))])
+    screen.X = sparse.csr_matrix(counts)
+    return screen
+
+
+def test_guides_uneven_over_batches_are_not_flagged_for_it_and_discordant_ones_are():
+    uneven = {"a1": 0.9, "a2": 0.1, "f1": 0.8, "f3": 0.2}
+    screen = in_batches(uneven)
+    known = preprocess_screen(screen, replace(SOURCE, batch_column="lane"), SETTINGS).guides
+    known = known.set_index("guide_id")
+    unknown = preprocess_screen(screen, SOURCE, SETTINGS).guides.set_index("guide_id")
+    # Without batches, guides that do the same differ by what the batches do.
+    assert unknown.loc["a1", "p"] == 1 / (1 + SETTINGS.permutations)
+    assert unknown.loc["a1", "agreement"] < 0.5
+    assert unknown.loc[["a1", "a2"], "flag"].str.contains("discordant").any()
+    assert known.loc["a1", "p"] > 0.05
+    assert known.loc[["a1", "a2"], "agreement"].min() > 0.8
+    assert not known.loc[["a1", "a2", "n1", "n2"], "flag"].str.contains("discordant").any()
+    flagged = set(known.index[known["flag"].str.contains("discordant")])
+    assert flagged - {"w1", "w2"} == {"f3", "t1", "e3"}
+
+
+def test_one_batch_by_name_is_as_none(result):
+    screen = toy()
+    screen.obs["lane"] = "one"
+    named = preprocess_screen(screen, replace(SOURCE, batch_column="lane"), SETTINGS)
+    pd.testing.assert_frame_equal(named.guides, result.guides, check_exact=True)
 
 
 def test_the_table_has_every_guide_and_what_it_did_to_its_target(result):

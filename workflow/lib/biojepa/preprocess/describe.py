@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from biojepa.contracts import (
+    BATCH,
     CONTROL,
     FLAG_DISCORDANT_GUIDE,
     FLAG_NON_RESPONDING,
@@ -30,6 +31,7 @@ from biojepa.preprocess.cell_cycle import (
 )
 from biojepa.preprocess.effects import JOIN, SIGNIFICANT, Effects, sample_rows
 from biojepa.preprocess.guide_agreement import (
+    BatchCentred,
     differing,
     discordant_guides,
     guide_table,
@@ -104,7 +106,8 @@ def describe_screen(
     columns.update(effects.flag_cells(perturbations))
 
     weak = effects.weak_guides
-    table = guide_table(guides, compared, scores, control, effects.target, weak, perturbations, settings)
+    centred = BatchCentred(scores, obs[BATCH], control)
+    table = guide_table(guides, compared, centred, control, effects.target, weak, perturbations, settings)
     discordant = discordant_guides(table)
     columns[FLAG_DISCORDANT_GUIDE] = _carries(obs, discordant)
     disagree = perturbations[PERTURBATION].isin(set(table.loc[differing(table), PERTURBATION]))

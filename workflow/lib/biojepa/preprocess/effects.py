@@ -433,19 +433,19 @@ class Scores:
         self._genes, self._components, mean = components.fit()
         self._n_genes = components.n_genes
         self._shift = mean @ self._components.T
-        self._rows = rows
+        self.rows = rows
         self._scores = np.empty((len(rows), len(self._components)))
 
     def add(self, first: int, expression: sparse.csr_matrix) -> None:
         """Add a block of cells."""
-        begin, end = np.searchsorted(self._rows, [first, first + expression.shape[0]])
-        part = expression[self._rows[begin:end] - first]
+        begin, end = np.searchsorted(self.rows, [first, first + expression.shape[0]])
+        part = expression[self.rows[begin:end] - first]
         part = part if len(self._genes) == part.shape[1] else part[:, self._genes]
         self._scores[begin:end] = np.asarray(part @ self._components.T) - self._shift
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Return the scores of some of the cells ``(len(rows), components)``."""
-        return self._scores[np.searchsorted(self._rows, rows)]
+        return self._scores[np.searchsorted(self.rows, rows)]
 
     def weights_of(self, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return what places any cell on some directions ``(lines, components)`` by its expression.

@@ -9,6 +9,9 @@ expectation under noise. Three such distances say how much two responses have in
 This is the concordance of the two mean responses, 2 a·b / (a² + b²), without noise in any of the terms: 1
 where they are the same, 0 where one of them is no response at all or they have nothing in common, and below 0
 where they point apart. Whether guides differ at all is tested by permuting cells among the guides.
+
+Guides are rarely spread evenly over batches, and what batches do must not pass for what guides do. So cells
+are compared after the mean of their batch is taken off, and permuted within batches.
 """
 
 from __future__ import annotations
@@ -40,6 +43,12 @@ MIN_AGREEMENT = 0.5
 FIRST = 100
 # Cosine from which two responses go the same way.
 SAME_WAY = 0.5
+# Controls that say where a batch lies. With fewer, all its cells whose scores are known say it, if these are
+# as many. A batch with fewer still is left where it is.
+CENTRE_CELLS = 20
+# Cells of a perturbation in a batch from which they are permuted among themselves. In a screen of hundreds of
+# batches, a perturbation has a cell or two in each, and within them nothing would be left to permute.
+STRATUM_CELLS = 10
 # Cells of a guide at most: enough to see half of a clear effect go missing, which is what the flag asks for.
 GUIDE_CELLS = 75
 WEAK_GUIDE = "weak"
@@ -64,6 +73,53 @@ class Moments:
         """Return the unbiased squared-Euclidean energy distance, which needs no more than moments."""
         between = float(((self.mean - other.mean) ** 2).sum())
         return 2 * (between - self.variance / self.n - other.variance / other.n)
+
+
+class BatchCentred:
+    """Scores of cells less the mean of their batch, so that batches no longer differ.
+
+    The mean is that over the controls of the batch, which no perturbation shifts, where they are
+    ``CENTRE_CELLS`` or more; else over all cells of the batch whose scores are known. With one batch, scores
+    are what they were.
+
+    Parameters
+    ----------
+    scores
+        Of some cells, in principal components.
+    batch
+        ``(cells,)`` batch of every cell.
+    control
+        Control cells whose scores are known.
+    """
+
+    def __init__(self, scores: Scores, batch: pd.Series, control: np.ndarray) -> None:
+        self._scores = scores
+        self._batch = pd.factorize(batch.astype(str).to_numpy(dtype=object), sort=True)[0]
+        everywhere = scores.of(control).mean(axis=0)
+        n_batches = int(self._batch.max()) + 1
+        self._shift = np.zeros((n_batches, len(everywhere)))
+        if n_batches == 1:
+            return
+        of_control, of_all = self._by_batch(control), self._by_batch(scores.rows)
+        for code in range(n_batches):
+            rows = of_control[code] if len(of_control[code]) >= CENTRE_CELLS else of_all[code]
+            if len(rows) >= CENTRE_CELLS:
+                self._shift[code] = scores.of(rows).mean(axis=0) - everywhere
+
+    def _by_batch(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Return which of the rows are of each batch."""
+        code = self._batch[rows]
+        ends = np.cumsum(np.bincount(code, minlength=len(self._shift)))
+        return np.split(rows[np.argsort(code, kind="stable")], ends[:-1])
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the scores of some of the cells ``(len(rows), components)``."""
+        return self._scores.of(rows) - self._shift[self._batch[rows]]
+
+    def strata(self, rows: np.ndarray) -> np.ndarray:
+        """Return within what the cells may be permuted ``(len(rows),)``: batches, small ones together."""
+        code = self._batch[rows]
+        return np.where(np.bincount(code)[code] >= STRATUM_CELLS, code, -1)
 
 
 def guides_of(obs: pd.DataFrame) -> Guides:
@@ -113,7 +169,11 @@ def sampled_guides(guides: Guides, sample: Mapping[str, np.ndarray], settings: P
 
 
 def compare_siblings(
-    points: Mapping[str, np.ndarray], control: Moments, permutations: int, rng: np.random.Generator
+    points: Mapping[str, np.ndarray],
+    control: Moments,
+    permutations: int,
+    rng: np.random.Generator,
+    strata: np.ndarray | None = None,
 ) -> dict[str, dict[str, float]]:
     """Compare each guide of a perturbation with its siblings.
 
@@ -131,6 +191,8 @@ def compare_siblings(
         Of cells among the guides, at most.
     rng
         Draws them.
+    strata
+        ``(all cells,)`` of the guides one after the other: within what cells are permuted. None: all alike.
 
     Returns
     -------
@@ -144,7 +206,7 @@ def compare_siblings(
     for n in (first, permutations - first):
         asked = np.flatnonzero(5 * as_large <= made)  # all of them at first
         if n and len(asked):
-            splits = np.vstack([code, rng.permuted(np.tile(code, (n, 1)), axis=1)])
+            splits = np.vstack([code, permute_within(code, strata, n, rng)])
             for place in asked:
                 distance = energy_of_splits(pooled, (splits == place).astype(np.float64))
                 observed[place] = distance[0]
@@ -163,6 +225,18 @@ def compare_siblings(
     return table
 
 
+def permute_within(
+    code: np.ndarray, strata: np.ndarray | None, n: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Return ``n`` permutations ``(n, cells)`` of ``code`` ``(cells,)`` within strata ``(cells,)``."""
+    permuted = np.tile(code, (n, 1))
+    strata = np.zeros(len(code), dtype=np.int64) if strata is None else strata
+    for stratum in np.unique(strata):
+        here = np.flatnonzero(strata == stratum)
+        permuted[:, here] = rng.permuted(permuted[:, here], axis=1)
+    return permuted
+
+
 def is_more_of(own: float, others: float, between: float) -> bool:
     """Tell whether a response is stronger than another and, by a cosine of 0.5 or more, of the same kind.
 
@@ -179,7 +253,7 @@ def is_more_of(own: float, others: float, between: float) -> bool:
 def guide_table(
     guides: Guides,
     sampled: Guides,
-    scores: Scores,
+    scores: BatchCentred,
     control: np.ndarray,
     target: TargetExpression,
     weak: set[str],
@@ -211,7 +285,8 @@ def guide_table(
     for label, rows_of in sampled.items():
         rng = np.random.default_rng([settings.seed, zlib.crc32(label.encode()), 2])
         points = {guide: scores.of(rows) for guide, rows in rows_of.items()}
-        compared = compare_siblings(points, reference, settings.permutations, rng)
+        strata = scores.strata(np.concatenate(list(rows_of.values())))
+        compared = compare_siblings(points, reference, settings.permutations, rng, strata)
         found.update({(label, guide): row for guide, row in compared.items()})
     table = []
     for label, rows_of in guides.items():
