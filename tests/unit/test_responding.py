@@ -1,5 +1,7 @@
 """Which cells respond: the mixture, the line, and screens in which a known share escapes."""
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -7,6 +9,7 @@ import pytest
 from scipy import optimize, sparse, stats
 
 from biojepa.preprocess import PreprocessSettings, preprocess_screen
+from biojepa.preprocess import describe as describe_module
 from biojepa.preprocess.responding import NARROWEST, WIDEST, Controls, Mixture, draw_line, fit_mixture
 from biojepa.raw import ScreenSource, read_screen
 from biojepa.raw import matrix as matrix_module
@@ -98,6 +101,29 @@ def test_what_has_no_clear_effect_is_not_split(found):
     assert not obs.loc[obs["responding_posterior"].isna(), "flag_non_responding"].any()
     # SMALL is left alone for its distance and not for want of a clear effect.
     assert result.perturbations.set_index("perturbation").loc["SMALL", "effect_q"] < 0.05
+
+
+@pytest.mark.parametrize(("fewest", "told"), [(4, True), (5, False)])
+def test_a_share_that_four_genes_hold_up_is_not_told(monkeypatch, fewest, told):
+    """Half of the cells of FEW have four genes raised; the minimum alone leaves them unsplit."""
+    screen, _ = toy()
+    labels = screen.obs["gene"].replace({"SMALL": "FEW"}).to_numpy()
+    counts, few = screen.X.toarray(), np.flatnonzero(labels == "FEW")
+    depth = 3 * counts.sum(axis=1)
+    counts[few] = counts[labels == "NT"][: len(few)]
+    depth[few] = depth[labels == "NT"][: len(few)]
+    counts[np.ix_(few[::2], range(4))] += 30
+    changed = ad.AnnData(sparse.csr_matrix(counts), screen.obs.assign(gene=labels, depth=depth), screen.var)
+    monkeypatch.setattr(describe_module, "MIN_CHANGED_GENES", fewest)
+    result = preprocess_screen(changed, replace(SOURCE, library_size_column="depth"), SETTINGS)
+    line = result.perturbations.set_index("perturbation").loc["FEW"]
+    assert line["effect_q"] < 0.05
+    assert line["n_deg"] == 4
+    obs = result.cells.obs.loc[result.cells.obs["perturbation"] == "FEW"]
+    assert obs["responding_posterior"].notna().all() == told
+    assert obs["responding_posterior"].isna().all() != told
+    assert obs["flag_non_responding"].sum() == (len(few) // 2 if told else 0)
+    assert np.isfinite(shares(result)["FEW"]) == told
 
 
 @pytest.mark.parametrize("entries", [60, 5000])

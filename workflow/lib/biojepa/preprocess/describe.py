@@ -38,7 +38,7 @@ from biojepa.preprocess.guide_agreement import (
     guides_of,
     sampled_guides,
 )
-from biojepa.preprocess.responding import CONTROL_CELLS, NON_RESPONDING, Responding
+from biojepa.preprocess.responding import CONTROL_CELLS, MIN_CHANGED_GENES, NON_RESPONDING, Responding
 from biojepa.preprocess.settings import PreprocessSettings
 from biojepa.raw.matrix import RowBlocks
 
@@ -116,8 +116,8 @@ def describe_screen(
         for flag, differ in zip(perturbations["flag"], disagree, strict=True)
     ]
     if settings.responding_cells:
-        clear = perturbations.loc[perturbations["effect_q"] < SIGNIFICANT, PERTURBATION]
-        rows_of = {str(name): effects.rows[name] for name in clear}
+        clear = (perturbations["effect_q"] < SIGNIFICANT) & (perturbations["n_deg"] >= MIN_CHANGED_GENES)
+        rows_of = {str(name): effects.rows[name] for name in perturbations.loc[clear, PERTURBATION]}
         responding = Responding(rows_of, effects.sample, control, scores, len(obs), settings.seed)
         responding.place_others(expression)
         posterior, shares = responding.posteriors()

@@ -13,7 +13,8 @@ likely belong to the controls non-perturbed. Here:
 - The mixture is fitted to the sampled cells, and all cells of the perturbation are judged by it.
 - The second normal distribution lies above that of the controls. Where it is narrower or wider than that one,
   a cell farther out is not called less responding again.
-- Where the perturbation has no clear effect, the mixture is no better than the controls alone, or its two
+- Where the perturbation has no clear effect, or changes fewer than five genes, so that one or two of them
+  would hold up the share, the mixture is no better than the controls alone, or its two
   parts overlap too much to tell a cell by, there is no posterior.
 
 Whatever is found here describes, and flags cells. The labels of the cells are looked at, so that it may be
@@ -38,6 +39,9 @@ FOLDS = 5
 CONTROL_CELLS = 2_000
 # Fewer cells of a perturbation, or controls, draw no line.
 MIN_CELLS = 20
+# Changed genes (``n_deg``) of a perturbation at least. A share that one or two genes hold up is theirs, and
+# not that of a response.
+MIN_CHANGED_GENES = 5
 # Distance of the responding cells from the controls, in standard deviations of the controls. Two equal normal
 # distributions that are nearer to each other have one peak, and one shifted group can look like two.
 MIN_SEPARATION = 2.0
@@ -209,7 +213,7 @@ class Responding:
     Parameters
     ----------
     rows_of
-        Perturbation to its cells; those with a clear effect.
+        Perturbation to its cells; those with a clear effect on ``MIN_CHANGED_GENES`` genes or more.
     sample
         Perturbation to those of its cells whose scores are known, sorted.
     control
