@@ -29,6 +29,7 @@ def guide_screen():
     """Return 400 cells of two lanes: 390 with one guide, 4 with none, 6 with three; one is very large."""
     rng = np.random.default_rng(1)
     counts = rng.poisson(4.0, (400, 30)).astype(np.float32)
+    counts[:, 25:] = rng.poisson(0.8, (400, 5))  # mitochondrial, 4 % of the UMIs together
     counts[7] = 400
     guides = np.zeros((400, 3), dtype=np.float32)
     guides[np.arange(400), np.arange(400) % 3] = rng.integers(10, 60, 400)
@@ -36,7 +37,7 @@ def guide_screen():
     obs = pd.DataFrame(
         {"lane": np.where(np.arange(400) < 250, "x", "y")}, index=[f"c{i}" for i in range(400)]
     )
-    genes = [f"G{i}" for i in range(28)] + ["A", "MT-1"]
+    genes = [f"G{i}" for i in range(24)] + ["A", *(f"MT-{i}" for i in range(5))]
     screen = ad.AnnData(X=sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=genes))
     screen.obsm[GUIDE_COUNTS] = sparse.csr_matrix(guides)
     screen.uns[GUIDE_NAMES] = np.array(GUIDES, dtype=object)

@@ -47,7 +47,8 @@ from biojepa.raw import GUIDE_COUNTS, GUIDE_NAMES, RawScreen, ScreenSource, read
 from biojepa.raw import matrix as matrix_module
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "workflow" / "scripts"
-GENES = [f"G{i}" for i in range(38)] + ["MT-1", "MT-2"]
+MITO = [f"MT-{i}" for i in range(5)]
+GENES = [f"G{i}" for i in range(35)] + MITO
 SOURCE = ScreenSource(
     "toy",
     "toy.h5ad",
@@ -104,7 +105,7 @@ def test_cells_follow_the_contract():
     total = screen[cells.obs_names].X.toarray().sum(axis=1)
     np.testing.assert_allclose(cells.obs["library_size"], total)
     np.testing.assert_allclose(cells.X.toarray(), np.log1p(raw / total[:, None] * 1e4), rtol=1e-6)
-    mito = screen[cells.obs_names, ["MT-1", "MT-2"]].X.toarray().sum(axis=1)
+    mito = screen[cells.obs_names, MITO].X.toarray().sum(axis=1)
     np.testing.assert_allclose(cells.obs["pct_mito"], 100 * mito / total, rtol=1e-6)
     assert cells.X.dtype == cells.layers["counts"].dtype == np.float32
     assert sparse.isspmatrix_csr(cells.X)
@@ -125,11 +126,11 @@ def test_library_size_comes_from_the_whole_transcriptome_where_the_file_is_a_pan
 def test_library_size_is_taken_before_genes_are_filtered():
     screen = toy()
     counts = screen.X.toarray()
-    counts[:, 39] = 0
-    counts[0, 39] = 50
+    counts[:, 34] = 0
+    counts[0, 34] = 50
     screen.X = sparse.csr_matrix(counts)
     result = preprocess_screen(screen, SOURCE, SETTINGS)
-    assert "MT-2" not in result.cells.var_names
+    assert "G34" not in result.cells.var_names
     assert result.cells.obs.loc["c0", "library_size"] == screen.X[0].sum()
     assert row(result.qc, "filter", "min_cells_per_gene")["note"] == "genes: 40 before, 1 removed, 39 after"
 
@@ -189,6 +190,70 @@ def test_mitochondrial_fraction_becomes_percent_and_percent_stays():
     assert fraction.cells.obs_names.tolist() == percent.cells.obs_names.tolist()
     assert fraction.cells.obs["pct_mito"].max() <= 20
     assert row(fraction.qc, "filter", "max_pct_mito")["cells_removed"] == 150
+
+
+def test_a_panel_with_few_mitochondrial_genes_has_no_mitochondrial_share(caplog):
+    screen = toy()
+    screen.var_names = [f"G{i}" for i in range(36)] + MITO[:4]  # one less than says a share
+    counts = screen.X.toarray()
+    counts[7, 38] = 5000
+    screen.X = sparse.csr_matrix(counts)
+    result = preprocess_screen(screen, SOURCE, replace(SETTINGS, mad_threshold=5.0))
+    assert result.cells.obs["pct_mito"].isna().all()
+    assert "c7" not in result.cells.obs_names  # for its counts, and not for its share
+    for name in ("max_pct_mito", "mad_mito"):
+        line = row(result.qc, "filter", name)
+        assert (line["threshold"], line["cells_removed"]) == ("off", 0)
+        assert "no mito_column and 4 MT- genes (MT-0, MT-1, MT-2, MT-3)" in line["note"]
+        assert line["note"].endswith("name the column that holds the share in mito_column")
+    assert [r.levelname for r in caplog.records if "4 MT- genes" in r.message] == ["WARNING"]
+    screen.obs["mito"] = np.linspace(0, 0.4, 300)
+    told = preprocess_screen(screen, replace(SOURCE, mito_column="mito"), SETTINGS)
+    assert row(told.qc, "filter", "max_pct_mito")["cells_removed"] == 150
+    screen.obs["mito"] = np.nan
+    blank = preprocess_screen(screen, replace(SOURCE, mito_column="mito"), SETTINGS)
+    assert "mito_column is empty" in row(blank.qc, "filter", "max_pct_mito")["note"]
+
+
+def test_a_depth_that_may_be_of_a_panel_is_noted_where_no_column_says_it(caplog):
+    screen = toy()
+    screen.obs["umis"] = 5 * np.asarray(screen.X.sum(axis=1)).ravel()
+    note = (
+        "depth is the sum over 40 genes; if the matrix is part of the transcriptome, name the column "
+        "with the depth of the whole in library_size_column"
+    )
+    panel = preprocess_screen(screen, SOURCE, SETTINGS)
+    assert row(panel.qc, "filter", "min_counts")["note"] == note
+    assert note in json.loads(panel.cells.uns["provenance"])["notes"]
+    assert [r.levelname for r in caplog.records if note in r.message and r.levelname != "INFO"] == ["WARNING"]
+    caplog.clear()
+    told = preprocess_screen(screen, replace(SOURCE, library_size_column="umis"), SETTINGS)
+    assert row(told.qc, "filter", "min_counts")["note"] == ""
+    assert note not in json.loads(told.cells.uns["provenance"])["notes"]
+    empty = sparse.csr_matrix((300, 1960), dtype=np.float32)
+    var = pd.DataFrame(index=GENES + [f"H{i}" for i in range(1960)])
+    whole = ad.AnnData(X=sparse.csr_matrix(sparse.hstack([screen.X, empty])), obs=screen.obs, var=var)
+    assert row(preprocess_screen(whole, SOURCE, SETTINGS).qc, "filter", "min_counts")["note"] == ""
+    assert not any("depth is the sum" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize(("fewest", "rule", "removed"), [(10, "≥ 10 cells", 1), (0, "off", 0)])
+def test_the_filter_of_genes_says_the_same_in_the_log_and_in_the_table(caplog, fewest, rule, removed):
+    screen = toy()
+    counts = screen.X.toarray()
+    counts[9:, 39] = 0
+    screen.X = sparse.csr_matrix(counts)
+    caplog.set_level("INFO")
+    line = row(
+        preprocess_screen(screen, SOURCE, replace(SETTINGS, min_cells_per_gene=fewest)).qc,
+        "filter",
+        "min_cells_per_gene",
+    )
+    assert (line["threshold"], line["cells_removed"]) == (rule, 0)
+    assert line["note"] == f"genes: 40 before, {removed} removed, {40 - removed} after"
+    (told,) = (r.getMessage() for r in caplog.records if "min_cells_per_gene" in r.getMessage())
+    assert told.startswith(f"min_cells_per_gene ({rule}): ")
+    assert line["note"] in told
 
 
 def test_guides_give_the_labels_where_the_file_has_none(tmp_path):

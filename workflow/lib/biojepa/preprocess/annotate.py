@@ -43,6 +43,11 @@ log = logging.getLogger(__name__)
 N_COUNTS, N_GENES, PCT_MITO = "n_counts", "n_genes", "pct_mito"
 GUIDE_UMIS, GUIDE_SHARE = "guide_umis", "guide_share"
 STATUS = "status"
+# Of the 13 mitochondrial genes that code for proteins. One or two say more about themselves than about what
+# share of the transcripts of a cell is mitochondrial.
+MIN_MITO_GENES = 5
+# A screen of fewer genes looks like a part of the transcriptome.
+PANEL_GENES = 2_000
 
 
 @dataclass
@@ -113,6 +118,29 @@ def is_mitochondrial(screen: RawScreen) -> np.ndarray:
     return screen.var.index.str.upper().str.startswith("MT-").astype(bool)
 
 
+def few_mito_genes(screen: RawScreen, source: ScreenSource) -> str:
+    """Say why the mitochondrial share cannot be told; empty where it can, or a column says it."""
+    names = screen.var.index[is_mitochondrial(screen)].astype(str).tolist()
+    if source.mito_column or len(names) >= MIN_MITO_GENES:
+        return ""
+    found = f"{len(names)} MT- genes ({', '.join(names)})" if names else "no MT- genes"
+    return (
+        f"mitochondrial share unknown: no mito_column and {found}, of which {MIN_MITO_GENES} are needed; "
+        "name the column that holds the share in mito_column"
+    )
+
+
+def panel_note(screen: RawScreen, source: ScreenSource) -> str:
+    """Say that the depth may be that of a panel of genes; empty where a column says it, or genes are many."""
+    n_genes = len(screen.var)
+    if source.library_size_column or n_genes >= PANEL_GENES:
+        return ""
+    return (
+        f"depth is the sum over {n_genes:,} genes; if the matrix is part of the transcriptome, name the "
+        "column with the depth of the whole in library_size_column"
+    )
+
+
 def annotate_cells(screen: RawScreen, source: ScreenSource, guides: GuideAssignment) -> CellTable:
     """Put together what the file, its tables and the guide counts say about each cell.
 
@@ -134,6 +162,14 @@ def annotate_cells(screen: RawScreen, source: ScreenSource, guides: GuideAssignm
     table.obs[N_GENES] = sums.n_genes
     table.obs[LIBRARY_SIZE] = library_sizes(obs, sums.n_counts, source)
     table.obs[PCT_MITO] = mitochondrial_percent(screen, sums, source)
+    if note := panel_note(screen, source):
+        log.warning("%s: %s", source.path or source.dataset, note)
+        table.notes["min_counts"] = note
+    if note := few_mito_genes(screen, source):
+        # Without any, nothing is lost that the reader may count on; the line of the filter says it.
+        if is_mitochondrial(screen).any():
+            log.warning("%s: %s", source.path or source.dataset, note)
+        table.notes["max_pct_mito"] = note
     return table
 
 
@@ -418,13 +454,16 @@ def library_sizes(obs: pd.DataFrame, sums: np.ndarray, source: ScreenSource) -> 
 
 
 def mitochondrial_percent(screen: RawScreen, sums: CellSums, source: ScreenSource) -> np.ndarray:
-    """Return the mitochondrial share of each cell in percent ``(cells,)``, NaN where unknown."""
+    """Return the mitochondrial share of each cell in percent ``(cells,)``, NaN where unknown.
+
+    It is that of a column, or of the counts, where ``MIN_MITO_GENES`` genes or more are mitochondrial.
+    """
     if source.mito_column:
         values = _number_column(screen.obs, source.mito_column, source, "mito_column")
         known = values[np.isfinite(values)]
         # Shares above 1 can only be percent, and a screen without one cell above 1 % does not exist.
         return values * 100 if known.size and known.max() <= 1 else values
-    if not is_mitochondrial(screen).any():
+    if is_mitochondrial(screen).sum() < MIN_MITO_GENES:
         return np.full(screen.n_cells, np.nan)
     some = sums.n_counts > 0
     return np.divide(100 * sums.mito, sums.n_counts, out=np.zeros_like(sums.mito), where=some)

@@ -118,9 +118,12 @@ def filter_cells(screen: RawScreen, cells: CellTable, settings: PreprocessSettin
 
     size, genes = obs[LIBRARY_SIZE].to_numpy(), obs[N_GENES].to_numpy()
     mito = obs[PCT_MITO].to_numpy()
-    funnel.drop("min_counts", f"≥ {settings.min_counts} UMIs", size < settings.min_counts)
+    of_panel = cells.notes.get("min_counts", "")
+    funnel.drop("min_counts", f"≥ {settings.min_counts} UMIs", size < settings.min_counts, of_panel)
     funnel.drop("min_genes", f"≥ {settings.min_genes} genes", genes < settings.min_genes)
-    no_mito = "mitochondrial share unknown: no mito_column and no MT- genes" if np.isnan(mito).all() else ""
+    no_mito = cells.notes.get("max_pct_mito", "")
+    if np.isnan(mito).all() and not no_mito:
+        no_mito = "mitochondrial share unknown: mito_column is empty in every cell"
     if no_mito or settings.max_pct_mito is None:
         funnel.skip("max_pct_mito", no_mito)
     else:
@@ -406,6 +409,7 @@ def filter_genes(
             "lower preprocess.min_cells_per_gene, or check that the matrix holds counts of genes",
         )
     note = f"genes: {keep.size} before, {int((~keep).sum())} removed, {int(keep.sum())} after"
-    funnel.skip("min_cells_per_gene", "; ".join([note, *notes]))
-    funnel.rows[-1]["threshold"] = f"≥ {min_cells} cells"
+    rule = f"≥ {min_cells} cells" if min_cells > 0 else OFF
+    no_cell = np.zeros(funnel.keep.size, dtype=bool)
+    funnel.drop("min_cells_per_gene", rule, no_cell, "; ".join([note, *notes]))
     return keep

@@ -196,7 +196,8 @@ def write_cells(
         found = describe_screen(obs, var.index, effects, file.expression(), settings, cell_cycle_genes)
         for name, values in found.columns.items():
             obs[name] = values
-        notes = [*screen.notes, *found.notes]
+        of_panel = [note] if (note := table.notes.get("min_counts")) else []
+        notes = [*screen.notes, *of_panel, *found.notes]
         file.finish(obs, var, {"provenance": provenance(source, settings, inputs or {}, notes)})
     return Tables(
         qc=funnel.table(),

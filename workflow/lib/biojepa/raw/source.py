@@ -40,8 +40,8 @@ class ScreenSource:
     guide_column
         Column with the guide of each cell.
     batch_column
-        Column with the batch (GEM group, replicate, lane). Filters by MAD and doublet scores work
-        within it. Empty: the sample, where a folder has several.
+        Column with the batch (GEM group, replicate, lane). Filters by MAD, doublet scores
+        and comparisons of guides work within it. Empty: the sample, where a folder has several.
     cell_type_column
         Column with the cell type or cell line.
     library_size_column
@@ -49,7 +49,7 @@ class ScreenSource:
         a panel of genes. Empty: the sum over all genes in the file.
     mito_column
         Column with the mitochondrial share, as a fraction or in percent (told apart by whether
-        any cell exceeds 1). Empty: computed from genes called ``MT-`` where there are any.
+        any cell exceeds 1). Empty: computed from genes called ``MT-`` where five or more are there.
     perturbation_type
         CRISPRi, CRISPRa, CRISPRko or unknown, for the whole screen.
     cell_metadata
