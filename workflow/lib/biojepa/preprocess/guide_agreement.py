@@ -94,7 +94,7 @@ class BatchCentred:
 
     def __init__(self, scores: Scores, batch: pd.Series, control: np.ndarray) -> None:
         self._scores = scores
-        self._batch = pd.factorize(batch.astype(str).to_numpy(dtype=object), sort=True)[0]
+        self._batch = batch.astype("category").cat.codes.to_numpy(dtype=np.int32)
         everywhere = scores.of(control).mean(axis=0)
         n_batches = int(self._batch.max()) + 1
         self._shift = np.zeros((n_batches, len(everywhere)))
