@@ -376,6 +376,12 @@ def test_public_screen_that_is_still_to_be_fetched(tmp_path, monkeypatch):
         (["TP53"], ["ENSG00000141510"], "human symbols (TP53) against Ensembl ids (ENSG00000141510)"),
         (["TP53", "MYC"], ["TP53"], ""),
         (["TP53", "MYC", "C1orf43"], ["GATA1"], ""),
+        (
+            ["TP53", "MYC"],
+            ["myc", "tp53"],
+            "differs only in upper and lower case: MYC against myc; of another species?",
+        ),
+        (["TP53", "MYC", "JAK2"], ["myc", "TP53"], ""),
         ([], ["GATA1"], ""),
     ],
 )

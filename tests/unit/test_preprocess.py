@@ -641,7 +641,7 @@ def test_scrublet_finds_planted_doublets():
         ({"mito_column": "pct"}, r"no column 'pct'.*`mito_column`"),
         (
             {"control_label": "safe"},
-            r"column 'gene'.*control label 'safe'.*'NT' \(100\), 'G3' \(75\).*`control_label`",
+            r"column 'gene'.*'safe'; labels called like controls: 'NT' \(100\); .*mean 'NT'\? Set",
         ),
         ({"perturbation_column": ""}, r"no `perturbation_column`.*gene, lane, guide"),
         ({"library_size_column": "lane"}, r"column 'lane', cell 'c0': found 'b'; expected a number"),

@@ -16,6 +16,7 @@ from biojepa.errors import InputError
 from biojepa.raw import RawScreen, ScreenSource, open_screen, read_screen, require_column
 from biojepa.raw.counts import holds_counts, to_counts
 from biojepa.raw.matrix import CompressedRows, spans, take_rows
+from biojepa.raw.tables import suggested_column
 
 COUNTS = np.array([[0, 3, 1, 0], [2, 0, 0, 5], [0, 0, 7, 1]])
 GENES = ["KLF1", "SET", "STAT1", "MT-CO1"]
@@ -452,6 +453,34 @@ def test_missing_column_is_answered_with_the_closest_name():
         "mean 'perturbation'",
     ):
         require_column(table, "pertubation", "f.h5ad", "perturbation_column")
+    with pytest.raises(InputError, match=r"\(columns: none\).* Fix: name a table .* in `cell_metadata`"):
+        require_column(pd.DataFrame(index=["c0"]), "batch", "10x", "batch_column")
+
+
+@pytest.mark.parametrize(
+    ("asked", "setting", "meant"),
+    [
+        ("nUMI", "library_size_column", "n_umis_all_genes"),
+        ("percent.mito", "mito_column", "p_mito"),
+        ("Replicates", "batch_column", "replicate"),
+        ("zzz", "cell_type_column", ""),
+    ],
+)
+def test_columns_are_suggested_whatever_joins_their_words(asked, setting, meant):
+    names = ["replicate", "n_umis_all_genes", "n_genes_all_genes", "p_mito"]
+    assert suggested_column(names, asked, setting) == meant
+
+
+@pytest.mark.parametrize(
+    ("path", "metadata", "place"),
+    [
+        ("a.h5ad", "", "a.h5ad"),
+        ("a.h5ad", "cells.csv", "a.h5ad and cells.csv"),
+        ("outs", "cells.csv", "cells.csv"),
+    ],
+)
+def test_messages_name_the_files_where_columns_were_looked_for(path, metadata, place):
+    assert ScreenSource("toy", path, cell_metadata=metadata).columns_in == place
 
 
 def test_source_takes_empty_fields_and_refuses_unknown_kinds():

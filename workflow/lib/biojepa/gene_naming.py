@@ -31,17 +31,19 @@ def naming_mismatch(genes: Collection[str], known: Collection[str]) -> str:
     -------
     str
         Half a sentence, such as ``mouse symbols (Trp53) against human symbols (TP53)``; nothing where half of
-        the genes are known, or the names are of one style.
+        the genes are known, or where neither style nor case tells the names apart.
     """
     genes, known = set(genes), set(known)
     if not genes or not known or len(genes & known) >= ENOUGH * len(genes):
         return ""
     ours, theirs = naming_style(genes), naming_style(known)
-    if not (ours and theirs) or ours == theirs:
-        return ""
     upper = {gene.upper(): gene for gene in sorted(known)}
-    pair = next(
-        ((gene, upper[gene.upper()]) for gene in sorted(genes - known) if gene.upper() in upper), None
-    )
-    first, second = pair or (min(genes - known), min(known))
+    pairs = [(gene, upper[gene.upper()]) for gene in sorted(genes - known) if gene.upper() in upper]
+    if not (ours and theirs) or ours == theirs:
+        # A few such pairs beside many genes that are known say nothing of the file.
+        if len(pairs) <= len(genes & known):
+            return ""
+        first, second = pairs[0]
+        return f"differs only in upper and lower case: {first} against {second}; of another species?"
+    first, second = pairs[0] if pairs else (min(genes - known), min(known))
     return f"{ours} ({first}) against {theirs} ({second})"

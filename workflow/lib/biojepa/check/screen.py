@@ -182,7 +182,7 @@ def _look_at_cells(
             if source.perturbation_column:
                 facts["join"], facts["unsplit"] = unsplit_labels(labels.to_numpy())
         if not source.perturbation_column and source.guide_column in opened.obs and labels is not None:
-            raw = require_column(opened.obs, source.guide_column, source.path, "guide_column")
+            raw = require_column(opened.obs, source.guide_column, source.columns_in, "guide_column")
             facts["labels"] = _listing_of(raw.astype(object).tolist(), labels.tolist())
     if BATCH in obs:
         facts["batches"] = _counted(obs[BATCH])

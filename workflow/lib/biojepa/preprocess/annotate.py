@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from biojepa.contracts import (
 from biojepa.errors import InputError
 from biojepa.guides import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES, GuideAssignment, call_guides
 from biojepa.guides.settings import DOMINANCE, THRESHOLD
-from biojepa.labels import control_names, genes_of, normalize_label
+from biojepa.labels import control_names, genes_of, is_control_name, normalize_label
 from biojepa.preprocess.cell_labels import (
     listed,
     normalize_labels,
@@ -246,12 +247,12 @@ def cell_types_of(obs: pd.DataFrame, source: ScreenSource) -> np.ndarray:
 
 def _from_labels(screen: RawScreen, source: ScreenSource) -> CellTable:
     """Take the perturbation of each cell from its label."""
-    raw = require_column(screen.obs, source.perturbation_column, source.path, "perturbation_column")
+    raw = require_column(screen.obs, source.perturbation_column, source.columns_in, "perturbation_column")
     controls = control_names(source.control_label)
     labels = normalize_labels(raw.tolist(), source.separator, controls, source.label_pattern)
     if not (labels == CONTROL).any():
         raise _no_control(
-            f"{source.path}, column {source.perturbation_column!r}", raw.tolist(), source, "labels"
+            f"{source.columns_in}, column {source.perturbation_column!r}", raw.tolist(), source, "labels"
         )
     obs = pd.DataFrame({PERTURBATION: labels}, index=screen.obs.index)
     obs[GUIDE_ID] = _text_column(
@@ -329,7 +330,7 @@ def _from_guide_calls(screen: RawScreen, source: ScreenSource, settings: GuideAs
 
 def _from_guide_column(screen: RawScreen, source: ScreenSource) -> CellTable:
     """Translate the guide that the file names for each cell to its target."""
-    raw = require_column(screen.obs, source.guide_column, source.path, "guide_column")
+    raw = require_column(screen.obs, source.guide_column, source.columns_in, "guide_column")
     text = raw.astype(object).where(raw.notna(), "").astype(str)
     targets = guide_targets(sorted(set(text) - {""}), source)
     labels = np.array([targets.get(guide) for guide in text], dtype=object)
@@ -385,14 +386,20 @@ def guide_targets(names: list[str], source: ScreenSource) -> dict[str, str]:
 
 def _no_control(where: str, raw: Iterable[object], source: ScreenSource, kind: str) -> InputError:
     """Build the error for a control label that matches nothing."""
-    frequent = pd.Series(list(raw), dtype=object).value_counts().head(10)
-    listed = ", ".join(f"{label!r} ({n})" for label, n in frequent.items()) or "none at all"
+    frequent = pd.Series(list(raw), dtype=object).dropna().astype(str).value_counts()
     wanted = repr(source.control_label) if source.control_label else "any of the usual control names"
+    # Labels that are called like controls say more than the most frequent ones, which are perturbations.
+    usual = [label for label in frequent.index if is_control_name(label.strip())]
+    near = difflib.get_close_matches(source.control_label, list(frequent.index), n=1, cutoff=0.75)
+    shown = usual or near
+    listed = ", ".join(f"{label!r} ({frequent[label]})" for label in (shown or frequent.index)[:10])
+    what = f"{kind} called like controls" if usual else f"nearest {kind}" if near else f"most frequent {kind}"
+    hint = f"did you mean {shown[0]!r}? Set" if shown else "set"
     return InputError(
         where,
-        f"nothing that matches the control label {wanted}; most frequent {kind}: {listed}",
+        f"nothing that matches the control label {wanted}; {what}: {listed or 'none at all'}",
         "control cells",
-        "set `control_label` in the dataset table to the one that means control",
+        f"{hint} `control_label` in the dataset table to the one that means control",
     )
 
 
@@ -407,18 +414,18 @@ def _text_column(
     """Return a column as text ``(cells,)``: ``default`` without a column, ``missing`` for empty values."""
     if not column:
         return np.full(len(obs), default, dtype=object)
-    values = require_column(obs, column, source.path, setting)
+    values = require_column(obs, column, source.columns_in, setting)
     return values.astype(object).where(values.notna(), missing).astype(str).to_numpy(dtype=object)
 
 
 def _number_column(obs: pd.DataFrame, column: str, source: ScreenSource, setting: str) -> np.ndarray:
     """Return a column as float64 ``(cells,)``; a word in it is an error, an empty field NaN."""
-    values = require_column(obs, column, source.path, setting)
+    values = require_column(obs, column, source.columns_in, setting)
     numbers = pd.to_numeric(values.astype(object), errors="coerce").to_numpy(dtype=np.float64)
     words = values[np.isnan(numbers) & values.notna().to_numpy() & (values.astype(str) != "NA").to_numpy()]
     if len(words):
         raise InputError(
-            f"{source.path}, column {column!r}, cell {words.index[0]!r}",
+            f"{source.columns_in}, column {column!r}, cell {words.index[0]!r}",
             repr(words.iloc[0]),
             "a number",
             f"correct the value, or name another column in `{setting}`",
@@ -433,7 +440,7 @@ def library_sizes(obs: pd.DataFrame, sums: np.ndarray, source: ScreenSource) -> 
     column = source.library_size_column
     sizes = _number_column(obs, column, source, "library_size_column")
     wrong = np.flatnonzero(~(np.isfinite(sizes) & (sizes > 0)))
-    where = f"{source.path}, column {column!r}"
+    where = f"{source.columns_in}, column {column!r}"
     if len(wrong):
         raise InputError(
             f"{where}, cell {obs.index[wrong[0]]!r}",

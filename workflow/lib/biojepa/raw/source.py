@@ -124,6 +124,17 @@ class ScreenSource:
                 "correct it, or leave it empty",
             ) from error
 
+    @property
+    def columns_in(self) -> str:
+        """Where its columns of cells are looked for, for messages.
+
+        A 10x matrix has none of its own beside the sample: the table of cells is named alone.
+        """
+        if not self.cell_metadata:
+            return self.path
+        has_own = self.format == "h5ad" or self.path.endswith(".h5ad")
+        return f"{self.path} and {self.cell_metadata}" if has_own else self.cell_metadata
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ScreenSource:
         """Build a source from a row of the table; keys of other stages are left aside."""

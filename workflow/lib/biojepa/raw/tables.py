@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,22 +60,29 @@ def require_column(table: pd.DataFrame, column: str, where: str | Path, setting:
     names = [str(name) for name in table.columns]
     close = suggested_column(names, column, setting)
     hint = f"did you mean {close!r}? " if close else ""
+    fix = f"{hint}Set `{setting}` in the dataset table to a column of this file"
     raise InputError(
         where,
         f"no column {column!r} (columns: {_listed(names)})",
         f"the column named by `{setting}`",
-        f"{hint}Set `{setting}` in the dataset table to a column of this file",
+        fix if names else "name a table of cells that has it in `cell_metadata`",
     )
 
 
 def suggested_column(names: Sequence[str], column: str, setting: str) -> str:
     """Return the column that was probably meant: of close spelling, or a usual name; empty for none."""
-    folded = {name.casefold(): name for name in reversed(names)}
-    asked = column.casefold()
+    folded = {_squeezed(name): name for name in reversed(names)}
+    asked = _squeezed(column)
     near, far = (difflib.get_close_matches(asked, folded, n=1, cutoff=cutoff) for cutoff in (0.75, 0.5))
     within = [name for name in folded if asked and (name.startswith(asked) or asked.startswith(name))]
-    usual = [name.casefold() for name in COMMON_NAMES.get(setting, ()) if name.casefold() in folded]
+    usual = [name for name in map(_squeezed, COMMON_NAMES.get(setting, ())) if name in folded]
     return next((folded[name] for name in (*near, *within, *usual, *far)), "")
+
+
+def _squeezed(name: str) -> str:
+    """Spell a name so that nUMI and n_umi are the same; one of signs alone stays."""
+    folded = name.casefold()
+    return re.sub(r"[\W_]", "", folded) or folded
 
 
 @contextmanager
