@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import anndata as ad
 import h5py
@@ -427,3 +428,48 @@ def test_wrong_rows_do_not_hide_each_other_nor_the_right_one(folder):
         assert sum(part in problem for problem in report["problems"]) == 1
     assert list(report["datasets"]) == ["mine"]
     assert report["datasets"]["mine"]["perturbations"] == 14
+
+
+def test_where_depth_and_mitochondrial_share_come_from(folder):
+    text = " ".join(as_text(check_config(config())).split())
+    assert "depth: sum over 38 genes; a panel? then name `library_size_column`" in text
+    assert "mitochondria: no MT- gene of 38 genes, so no share; name `mito_column` if there is one" in text
+    label = labels()
+    write_screen("screen.h5ad", label, lane="a", line="K562", depth=500.0, mito=0.02)
+    screen = ad.read_h5ad("screen.h5ad")
+    screen.var_names = ["MT-CO1", *GENES[1:]]
+    screen.write_h5ad("screen.h5ad")
+    text = " ".join(as_text(check_config(config())).split())
+    assert "mitochondria: 1 MT- gene of 38 genes (MT-CO1): too few for a share; name `mito_column`" in text
+    write_table(library_size_column="depth", mito_column="mito")
+    text = as_text(check_config(config()))
+    assert "\n  depth: column depth\n  mitochondria: column mito\n" in text
+
+
+def write_earlier_run():
+    """Write the cells of an earlier run: 4 controls and 2 perturbations in the batch x."""
+    made = Path("results/mine/preprocess")
+    made.mkdir(parents=True)
+    label = np.repeat(["control", "TP53", "MYC"], [4, 3, 3])
+    obs = pd.DataFrame({"perturbation": label, "batch": "x", "cell_type": "K562"}, index=list("abcdefghij"))
+    var = pd.DataFrame(index=["TP53", "MYC"])
+    ad.AnnData(sparse.csr_matrix((10, 2), dtype=np.float32), obs, var).write_h5ad(made / "cells.h5ad")
+
+
+def test_what_an_earlier_run_knew_is_marked(folder):
+    write_earlier_run()
+    write_table(source="gone.h5ad", networks="net.tsv")
+    text = as_text(check_config(config(schemes=["perturbation"])))
+    for part in (
+        "cells: 10, genes: 2 (of an earlier run)",
+        "batches (of an earlier run): 1: x 10",
+        "control cells: 4 (of an earlier run)",
+        "perturbations: 2 (2 single, 0 combinations) of 2 genes (of an earlier run)",
+        "prior source net (network): 2 of 2 perturbed genes (of an earlier run)",
+    ):
+        assert part in text
+    # The screen is there: a wrong column says nothing of batches, and the cells are those of the file.
+    write_table(perturbation_column="gone", batch_column="gone")
+    said = check_config(config(schemes=["perturbation"]))["datasets"]["mine"]
+    assert said["cells"] == sum(CELLS.values())
+    assert "batches" not in said

@@ -152,6 +152,9 @@ def _look_at_cells(
         facts["batches_by"] = source.batch_column or opened.sample_column
     with problems.caught(dataset, "cell_type_column"):
         obs[CELL_TYPE] = cell_types_of(opened.obs, source)
+    mitochondrial = opened.var.index[is_mitochondrial(opened)]
+    facts["depth_from"] = source.library_size_column
+    facts["mito_from"], facts["mito_genes"] = source.mito_column, [str(gene) for gene in mitochondrial]
     with problems.caught(dataset, "library_size_column"):
         library_sizes(opened.obs, nothing.n_counts, source)
     with problems.caught(dataset, "mito_column"):
@@ -303,15 +306,20 @@ def _from_earlier_run(dataset: str, screen: Screen, problems: Problems) -> None:
         screen.obs = obs[[PERTURBATION, BATCH, CELL_TYPE]].astype(str)
         measured = read_elem(file["var"]).index
         screen.measured = screen.measured or [str(name) for name in measured]
-        screen.facts |= _numbers_of(screen.obs) | {
+        found: dict[str, Any] = _numbers_of(screen.obs) | {
             "labels_from": EARLIER,
             "earlier": str(path),
             "labelled_cells": len(obs),
-            "batches": _counted(screen.obs[BATCH]),
-            "cell_types": _counted(screen.obs[CELL_TYPE]),
         }
-        screen.facts.setdefault("cells", len(obs))
-        screen.facts.setdefault("genes", len(measured))
+        if screen.facts["state"] != "read":
+            # Of a screen that is there, cells, genes and batches are known, or a problem says why not.
+            found |= {
+                "cells": len(obs),
+                "genes": len(measured),
+                "batches": _counted(screen.obs[BATCH]),
+                "cell_types": _counted(screen.obs[CELL_TYPE]),
+            }
+        screen.facts |= found | {"of_earlier_run": sorted(found)}
 
 
 def _counted(values: pd.Series) -> dict[str, int]:

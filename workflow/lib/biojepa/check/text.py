@@ -11,6 +11,9 @@ from biojepa.check.screen import CALLS, COUNTS, EARLIER, LABELS, LISTED, UNKNOWN
 from biojepa.download.disk import size_text
 
 WIDTH = 100
+MARK = " (of an earlier run)"
+# Whole transcriptomes have more genes in a file, and man and mouse have 13 mitochondrial genes of proteins.
+PANEL, FEWEST_MITOCHONDRIAL = 10_000, 10
 
 
 def as_text(report: Mapping[str, Any]) -> str:
@@ -57,9 +60,11 @@ def _parts(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"screen: {facts['state']}{about}"
     if "cells" in facts:
         guides = f", {facts['guides']:,} guides" if facts.get("guides") else ""
-        yield f"cells: {facts['cells']:,}, genes: {facts['genes']:,}{guides}"
+        yield f"cells: {facts['cells']:,}, genes: {facts['genes']:,}{guides}{_mark(facts, 'cells')}"
     yield from (f"left out: {n:,} {why}" for why, n in facts.get("left_out", {}).items())
     yield from (f"note: {note}" for note in facts.get("notes", ()))
+    if "depth_from" in facts:
+        yield from _depth(facts)
     yield from _labels(facts)
     yield from _perturbations(facts)
     if "batches" in facts:
@@ -68,14 +73,40 @@ def _parts(facts: Mapping[str, Any]) -> Iterator[str]:
             yield "batches: no `batch_column` and one sample, so one batch"
         else:
             named = f" by {by}" if by else ""
-            yield f"batches{named}: {len(facts['batches'])}: {_counts(facts['batches'])}"
+            marked = _mark(facts, "batches")
+            yield f"batches{named}{marked}: {len(facts['batches'])}: {_counts(facts['batches'])}"
     if alone := facts.get("batches_without_control"):
         yield f"batches without a control cell: {_names(alone)}; paired with controls of all batches"
     if set(facts.get("cell_types", {})) - {"unknown"}:
-        yield f"cell types: {len(facts['cell_types'])}: {_counts(facts['cell_types'])}"
+        marked = _mark(facts, "cell_types")
+        yield f"cell types{marked}: {len(facts['cell_types'])}: {_counts(facts['cell_types'])}"
     if "coverage" in facts:
-        yield from _coverage(facts["coverage"])
+        yield from _coverage(facts["coverage"], _mark(facts, "perturbations"))
     yield from _folds(facts)
+
+
+def _mark(facts: Mapping[str, Any], fact: str) -> str:
+    """Return what marks a fact that an earlier run knew, whose settings may have been others."""
+    return MARK if fact in facts.get("of_earlier_run", ()) else ""
+
+
+def _depth(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where depth and mitochondrial share of cells come from, and whether a panel can tell them."""
+    genes = f"{facts['genes']:,} genes"
+    if facts["depth_from"]:
+        yield f"depth: column {facts['depth_from']}"
+    else:
+        panel = "; a panel? then name `library_size_column`" if facts["genes"] < PANEL else ""
+        yield f"depth: sum over {genes}{panel}"
+    found = facts["mito_genes"]
+    if facts["mito_from"]:
+        yield f"mitochondria: column {facts['mito_from']}"
+    elif not found:
+        yield f"mitochondria: no MT- gene of {genes}, so no share; name `mito_column` if there is one"
+    else:
+        few = len(found) < FEWEST_MITOCHONDRIAL and facts["genes"] < PANEL
+        fix = f" ({_names(found)}): too few for a share; name `mito_column`" if few else ""
+        yield f"mitochondria: {len(found)} MT- gene{'s' if len(found) > 1 else ''} of {genes}{fix}"
 
 
 def _labels(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -124,10 +155,11 @@ def _perturbations(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield numbers of perturbations, and which have too few cells."""
     if "perturbations" not in facts:
         return
-    yield f"control cells: {facts['control_cells']:,}"
+    marked = _mark(facts, "perturbations")
+    yield f"control cells: {facts['control_cells']:,}{marked}"
     yield (
         f"perturbations: {facts['perturbations']:,} ({facts['singles']:,} single, {facts['combinations']:,} "
-        f"combinations) of {facts['perturbed_genes']:,} genes"
+        f"combinations) of {facts['perturbed_genes']:,} genes{marked}"
     )
     if few := facts.get("too_few_cells"):
         fewest = facts["min_cells_per_perturbation"]
@@ -139,15 +171,15 @@ def _perturbations(facts: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _coverage(coverage: Mapping[str, Any]) -> Iterator[str]:
-    """Yield which sources know the perturbed genes."""
+def _coverage(coverage: Mapping[str, Any], marked: str) -> Iterator[str]:
+    """Yield which sources know the perturbed genes; ``marked`` follows the number of these."""
     genes = coverage["genes"]
     if "measured" in coverage and genes:
         hint = f"; {coverage['measured_hint']}" if coverage["measured_hint"] else ""
-        yield f"perturbed genes that the screen measures: {coverage['measured']:,} of {genes:,}{hint}"
+        yield f"perturbed genes that the screen measures: {coverage['measured']:,} of {genes:,}{marked}{hint}"
     for source in coverage["sources"]:
         hint = f"; {source['hint']}" if source["hint"] else ""
-        known = f"{source['covers']:,} of {genes:,} perturbed genes" if genes else "read"
+        known = f"{source['covers']:,} of {genes:,} perturbed genes{marked}" if genes else "read"
         yield f"prior source {source['name']} ({source['kind']}): {known}{hint}"
     if "asked" in coverage and not coverage["pending"]:
         unknown = _names(coverage["asked_unknown"]) or "none"
@@ -168,7 +200,9 @@ def _folds(facts: Mapping[str, Any]) -> Iterator[str]:
         for size, alike in itertools.groupby(sizes, key=lambda pair: pair[1]):
             names = [str(name) for name, _ in alike]
             dealt.append(f"fold{'s' if len(names) > 1 else ''} {', '.join(names)}: {size}")
-        yield f"scheme {scheme}, perturbations for training/validation/test: {'; '.join(dealt) or 'none'}"
+        marked = _mark(facts, "perturbations")
+        sets = f"perturbations for training/validation/test{marked}"
+        yield f"scheme {scheme}, {sets}: {'; '.join(dealt) or 'none'}"
     if "folds" in facts and not facts["folds"]:
         first = "preprocess has called the guides" if facts.get("labels_from") == COUNTS else "labels are"
         yield f"folds: known once {first}"
