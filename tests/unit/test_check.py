@@ -473,3 +473,34 @@ def test_what_an_earlier_run_knew_is_marked(folder):
     said = check_config(config(schemes=["perturbation"]))["datasets"]["mine"]
     assert said["cells"] == sum(CELLS.values())
     assert "batches" not in said
+
+
+def test_missing_files_are_told_once_with_the_nearest_name(folder):
+    screen = ad.read_h5ad("screen.h5ad")
+    write_10x(folder / "run", screen)
+    (folder / "guides.csv").write_text("guide,target\nctrl,control\n")
+    calls = "cell_barcode,feature_call\n" + "".join(f"{name},ctrl\n" for name in screen.obs_names)
+    (folder / "calls.csv").write_text(calls)
+    write_table(source="run", perturbation_column="", guide_calls="calls.csv", guide_table="guide.csv",
+                batch_column="", cell_type_column="", networks="{data_dir}/nets.tsv")  # fmt: skip
+    report = check_config(config(data_dir=str(folder), schemes=["perturbation"]))
+    guides, networks = report["problems"]
+    assert guides == (
+        "table.tsv, row mine, column guide_table: no file guide.csv. Did you mean guides.csv? "
+        "Fix: correct the path"
+    )
+    assert networks == (
+        f"table.tsv, row mine, column networks: no file {folder}/nets.tsv. Did you mean {folder}/net.tsv? "
+        f"Fix: correct the path, or data_dir of the config, which is {folder}"
+    )
+    assert report["datasets"]["mine"]["coverage"]["missing"][0] == f"{folder}/nets.tsv"
+    assert f"prior sources that are missing: {folder}/nets.tsv" in " ".join(as_text(report).split())
+    write_table(source="{data_dir}/screen.h5ad", networks="net.tsv")
+    report = check_config(config(data_dir="dta"))
+    (folder / "data").mkdir()
+    assert check_config(config(data_dir="dta"))["problems"] == [
+        "table.tsv, row mine, column source: no file dta/screen.h5ad, since there is no folder dta. "
+        "Did you mean data? Fix: correct data_dir of the config, which is dta"
+    ]
+    assert report["datasets"]["mine"]["state"] == "missing"
+    assert "screen: missing\n" in as_text(report)

@@ -571,7 +571,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     for dataset in set(config.all_datasets) - set(config.datasets):
         yield from _unusable_source(config.source(dataset))
         for column, path in () if config.archived else config.source(dataset).missing_files():
-            yield f"{config.source(dataset).where}, column {column}: no file {path}"
+            yield f"{config.source(dataset).where}, column {column}: {_no_file(path, config)}"
     if config.predict is not None and "perturbation" not in config.schemes:
         yield (
             f"config, predict: found schemes {config.schemes}; expected the scheme perturbation among them, "
@@ -587,10 +587,38 @@ def _unusable_files(config: Config, dataset: str) -> Iterator[str]:
     """Yield what is wrong with the files that the row of a dataset names."""
     yield from _unusable_source(config.source(dataset))
     for column, path in () if config.archived else config.source(dataset).missing_files():
-        yield (
-            f"{config.source(dataset).where}, column {column}: no file {path}. "
-            "Fix: correct the path, or set data_dir (snakemake --config data_dir=FOLDER)"
-        )
+        yield f"{config.source(dataset).where}, column {column}: {_no_file(path, config)}"
+
+
+def _no_file(path: str, config: Config) -> str:
+    """Say that a file is missing, how far its path is right, and what to change."""
+    near = nearest_path(Path(path))
+    hint = f" Did you mean {near}?" if near else ""
+    folder = Path(config.content["data_dir"])
+    if folder not in Path(path).parents:
+        return f"no file {path}.{hint} Fix: correct the path"
+    named = f"data_dir of the config, which is {folder}"
+    if not folder.is_dir():
+        return f"no file {path}, since there is no folder {folder}.{hint} Fix: correct {named}"
+    return f"no file {path}.{hint} Fix: correct the path, or {named}"
+
+
+def nearest_path(path: Path) -> str:
+    """Return what is there under the name most like the first part of a path that is not; empty for none."""
+    parts = [path, *path.parents]
+    first = next((n for n, part in enumerate(parts) if part.exists()), None)
+    if not first or not parts[first].is_dir():
+        return ""
+    try:
+        names = [one.name for one in parts[first].iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(parts[first - 1].name, sorted(names), n=1)
+    if not close:
+        return ""
+    near = parts[first] / close[0]
+    whole = near / path.relative_to(parts[first - 1])
+    return str(whole if whole.exists() else near)
 
 
 def _unknown_models(config: Config, dataset: str) -> Iterator[str]:

@@ -19,10 +19,13 @@ class Problems:
     ----------
     found
         One sentence each, with the dataset in front where it is about one.
+    missing
+        Files that are known to be missing: that a reader misses one is no problem of its own.
     """
 
     def __init__(self) -> None:
         self.found: list[str] = []
+        self.missing: set[str] = set()
 
     def add(self, problem: str, dataset: str = "") -> None:
         """Add one, unless it is there."""
@@ -36,6 +39,7 @@ class Problems:
         try:
             yield
         except (InputError, StoppedRun) as error:
-            self.add(str(error), dataset)
+            if getattr(error, "where", None) not in self.missing:
+                self.add(str(error), dataset)
         except READING_ERRORS as error:
             self.add(f"{what}: cannot be read ({type(error).__name__}: {error})", dataset)

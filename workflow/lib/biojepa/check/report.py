@@ -74,6 +74,8 @@ def check_config(content: Mapping[str, Any], arguments: Sequence[str] | None = N
 def _look_at_data(config: Config, report: dict[str, Any], problems: Problems) -> dict[str, Screen]:
     """Fill in what the report says of each dataset."""
     catalogue = read_catalogue(CATALOGUE)
+    for dataset in config.all_datasets:
+        problems.missing |= {path for _, path in config.source(dataset).missing_files()}
     screens: dict[str, Screen] = {
         dataset: look_at_screen(config, dataset, problems) for dataset in config.all_datasets
     }

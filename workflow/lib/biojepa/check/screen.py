@@ -99,7 +99,9 @@ def look_at_screen(config: Config, dataset: str, problems: Problems) -> Screen:
     row, screen = config.source(dataset), Screen()
     path = Path(row.path)
     if not path.exists():
-        screen.facts["state"] = "will be simulated" if row.is_simulated else "not there yet"
+        missing = "source" in dict(row.missing_files())
+        will_be = "will be simulated" if row.is_simulated else "not there yet"
+        screen.facts["state"] = "missing" if missing else will_be
         if row.is_simulated:
             asked = config.settings(dataset, "download")["simulator"]
             names = ("n_cells", "n_genes", "n_singles", "n_combinations", "n_batches")

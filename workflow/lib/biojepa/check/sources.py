@@ -37,17 +37,18 @@ def look_at_sources(
     -------
     Where perturbations are to be predicted, ``asked`` and those of their genes that are ``asked_unknown``;
     ``genes`` perturbed, ``measured`` of them, ``sources`` (name, kind, genes that it ``covers``, ``hint`` why
-    few), genes that are ``uncovered``, and what is ``pending``: not there yet.
+    few), genes that are ``uncovered``, what is ``pending`` (not there yet), and what is ``missing``.
     """
     row, genes = config.source(dataset), screens[dataset].perturbed_genes
     settings = config.settings(dataset, "pair")
-    sources, pending = [], []
+    sources, pending, missing = [], [], []
+    lost = {path for _, path in row.missing_files()}
     kinds = {"networks": row.networks, "gene_sets": row.gene_sets, "gene_tables": row.gene_tables}
     for kind, paths in kinds.items():
         for path in paths:
             if not Path(path).exists():
                 # Those that should be there are problems of the config.
-                pending.append(path)
+                (missing if path in lost else pending).append(path)
                 continue
             with problems.caught(dataset, path):
                 sources += read_sources(**{kind: [path]}, restart=settings["restart"])
@@ -87,6 +88,7 @@ def look_at_sources(
         "uncovered": len(uncovered),
         "uncovered_first": uncovered[:LISTED],
         "pending": pending,
+        "missing": missing,
     }
     asked = _requests(config)
     if asked is not None:

@@ -181,12 +181,15 @@ def _coverage(coverage: Mapping[str, Any], marked: str) -> Iterator[str]:
         hint = f"; {source['hint']}" if source["hint"] else ""
         known = f"{source['covers']:,} of {genes:,} perturbed genes{marked}" if genes else "read"
         yield f"prior source {source['name']} ({source['kind']}): {known}{hint}"
-    if "asked" in coverage and not coverage["pending"]:
+    unread = [*coverage["pending"], *coverage["missing"]]
+    if "asked" in coverage and not unread:
         unknown = _names(coverage["asked_unknown"]) or "none"
         yield f"predict: {coverage['asked']:,} asked for; genes that no source knows: {unknown}"
     if coverage["pending"]:
         yield f"prior sources that are not there yet: {', '.join(coverage['pending'])}"
-    if genes and coverage["uncovered"] and not coverage["pending"]:
+    if coverage["missing"]:
+        yield f"prior sources that are missing: {', '.join(coverage['missing'])}"
+    if genes and coverage["uncovered"] and not unread:
         first = coverage["uncovered_first"]
         listed = _names(first) + (", …" if coverage["uncovered"] > len(first) else "")
         yield f"genes that no source knows: {coverage['uncovered']:,}: {listed}"
