@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import anndata as ad
+import pandas as pd
 import pytest
 import yaml
 
@@ -125,3 +126,26 @@ def test_what_snakemake_cannot_plan_is_a_problem(folder, monkeypatch):
     assert report["jobs"] == {}
     (command,) = asked
     assert "--dry-run" in command and command[-2:] == ["--configfile", str(TINY)]
+
+
+def test_jobs_are_counted_in_spite_of_a_misspelt_column(folder, monkeypatch):
+    (folder / "table.tsv").write_text("dataset\tsource\tbatch_colum\ntiny\tsimulator\tlane\n")
+    asked = []
+
+    def plan_alone(arguments, _):
+        asked.append(arguments)
+        table = pd.read_csv(arguments[-1].removeprefix("datasets="), sep="\t")
+        return {"preprocess": table.batch_column.eq("lane").sum()}, ""
+
+    monkeypatch.setattr("biojepa.check.report.count_jobs", plan_alone)
+    wrong = SETTINGS | {"datasets": "table.tsv"}
+    said = check_config(wrong, ["--configfile", str(TINY), "--config", "run=[tiny]"])
+    assert len(said["problems"]) == 1
+    assert said["jobs"] == {"preprocess": 1}
+    assert asked[0][:-1] == ["--configfile", str(TINY), "--config", "run=[tiny]"]
+    assert (
+        "jobs are those of a table whose unknown columns are spelt as proposed, or left out" in said["notes"]
+    )
+    # With another problem, Snakemake would only say that one once more.
+    said = check_config(wrong | {"trian": 1}, ["--configfile", str(TINY)])
+    assert (len(asked), said["jobs"]) == (1, {})

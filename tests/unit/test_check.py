@@ -504,3 +504,16 @@ def test_missing_files_are_told_once_with_the_nearest_name(folder):
     ]
     assert report["datasets"]["mine"]["state"] == "missing"
     assert "screen: missing\n" in as_text(report)
+
+
+def test_a_row_with_a_misspelt_column_is_read_as_if_it_were_right(folder):
+    right = check_config(config())["datasets"]
+    table = pd.read_csv("table.tsv", sep="\t", dtype=str)
+    table.rename(columns={"separator": "seperator"}).assign(zzz="x").to_csv(
+        "table.tsv", sep="\t", index=False
+    )
+    report = check_config(config())
+    first, second = report["problems"]
+    assert first == "table.tsv, row mine: unknown key seperator. Did you mean separator?"
+    assert second.startswith("table.tsv, row mine: unknown key zzz. Known keys: dataset, ")
+    assert report["datasets"] == right

@@ -895,11 +895,12 @@ def _read_sources(
             continue
         looked_at.add(name)
         try:
-            source, note = _read_source(name, where, content, table, schema, catalogue)
+            source, note, unknown = _read_source(name, where, content, table, schema, catalogue)
         except ConfigError as error:
             problems += error.problems
             continue
         sources[name] = source
+        problems += unknown
         notes += [note] if note else []
         if name in content["run"]:
             wanted += [(other, f"{path}, row {name}, column responses") for other in source.responses]
@@ -920,8 +921,13 @@ def _read_source(
     table: list[dict[str, str]],
     schema: Mapping[str, Any],
     catalogue: Mapping[str, Entry],
-) -> tuple[Source, str]:
-    """Read one row, which ``where`` asks for; also what should be said about it.
+) -> tuple[Source, str, list[str]]:
+    """Read one row, which ``where`` asks for.
+
+    Returns
+    -------
+    The row, what should be said about it, and what is wrong with the names of its columns: it is read as if
+    they were spelt like the nearest ones.
 
     Raises
     ------
@@ -941,18 +947,20 @@ def _read_source(
         )
     place, note = f"{path}, row {name}", ""
     row = {key: value for key, value in rows[0].items() if value != ""} if rows else {}
+    row, unknown = _with_known_columns(row, schema, place)
     if name in catalogue:
         row, note = catalogue[name].merged(row, place)
         place = place if rows else f"catalogue, {name}"
     if "source" not in row:
         hint = _nearest(name, catalogue)
         raise ConfigError(
+            *unknown,
             f"{place}: 'source' is a required property of all but the public screens of the catalogue: "
-            f"{', '.join(catalogue) or 'none here'}. {hint}".rstrip()
+            f"{', '.join(catalogue) or 'none here'}. {hint}".rstrip(),
         )
     problems = list(_problems(row, schema, place))
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*unknown, *problems)
     if missing := catalogue[name].unknown_in(row) if name in catalogue else []:
         raise ConfigError(
             f"{place}: found no {' and no '.join(missing)}, which the catalogue does not know for this "
@@ -977,7 +985,20 @@ def _read_source(
             f"{path}, row {name}, column responses: found the dataset itself; expected other screens, "
             "since a screen must not predict itself"
         )
-    return source, note
+    return source, note, unknown
+
+
+def _with_known_columns(
+    row: Mapping[str, str], schema: Mapping[str, Any], place: str
+) -> tuple[dict[str, str], list[str]]:
+    """Give columns that do not exist the nearest name, or leave them out; also say that they do not."""
+    allowed = schema["properties"]
+    known = {key: value for key, value in row.items() if key in allowed}
+    strange = {key: value for key, value in row.items() if key not in allowed}
+    for key, value in strange.items():
+        for near in difflib.get_close_matches(key, allowed, n=1):
+            known.setdefault(near, value)
+    return known, list(_problems(strange, {**schema, "required": []}, place))
 
 
 def _read_schema(path: Path) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from biojepa.catalogue import read_catalogue
@@ -52,10 +54,16 @@ def check_config(content: Mapping[str, Any], arguments: Sequence[str] | None = N
         problems.add(missing)
         wrong.append(missing)
     # Where the config is at fault, Snakemake would only say the same once more.
-    asks = arguments is not None and not wrong
-    with ThreadPoolExecutor(max_workers=1) as background:
+    options = None if arguments is None else list(arguments)
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max_workers=1) as background:
+        if options is not None and wrong:
+            options = _with_mended_table(options, content, config, Path(scratch) / "datasets.tsv")
+            if options is not None:
+                report["notes"].append(
+                    "jobs are those of a table whose unknown columns are spelt as proposed, or left out"
+                )
         # Snakemake plans in a process of its own, while files are read here.
-        counting = background.submit(count_jobs, arguments or (), SNAKEFILE) if asks else None
+        counting = background.submit(count_jobs, options, SNAKEFILE) if options is not None else None
         screens = _look_at_data(config, report, problems)
         if counting is not None:
             report["jobs"], said = counting.result()
@@ -69,6 +77,23 @@ def check_config(content: Mapping[str, Any], arguments: Sequence[str] | None = N
     schema = yaml.safe_load((WORKFLOW / "schemas" / "config.schema.yaml").read_text(encoding="utf-8"))
     report["estimate"] = estimate(config, screens, report["jobs"], _defaults(schema["properties"]["train"]))
     return report
+
+
+def _with_mended_table(
+    arguments: Sequence[str], content: Mapping[str, Any], config: Config, path: Path
+) -> list[str] | None:
+    """Name a table with the rows as they were understood, where nothing but names of columns is wrong.
+
+    Returns
+    -------
+    The options of Snakemake with that table, written to ``path``; None where more is wrong.
+    """
+    pd.DataFrame([dict(source.row) for source in config.sources.values()]).to_csv(path, sep="\t", index=False)
+    mended = {**content, "datasets": str(path)}
+    if config.missing_predictions() or read_config(mended, WORKFLOW / "schemas", CATALOGUE)[1]:
+        return None
+    table = f"datasets={path}"
+    return [*arguments, table] if "--config" in arguments else [*arguments, "--config", table]
 
 
 def _look_at_data(config: Config, report: dict[str, Any], problems: Problems) -> dict[str, Screen]:
