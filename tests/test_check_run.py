@@ -10,6 +10,8 @@ import yaml
 
 from biojepa.check import as_text, check_config, plan
 from biojepa.check.__main__ import main
+from biojepa.check.report import SNAKEFILE
+from biojepa.check.text import TO_PREPROCESSED
 from biojepa.config import load_config
 from biojepa.pairing import PairSettings, build_pairs, freeze_split
 from biojepa.preprocess import PreprocessSettings, preprocess_file
@@ -43,7 +45,8 @@ def test_before_a_run_snakemake_plans_every_job_of_it(folder, capsys):
     assert "train" in report["estimate"]["not_measured"]
     assert set(report["estimate"]["rules"]) == {"preprocess", "pair", "embed"}
     assert not (folder / "results").exists()
-    assert f"{sum(ALL_JOBS.values())} to run: simulate 1" in as_text(report)
+    said = f"{sum(ALL_JOBS.values())} to run, 3 of them for `preprocessed`: simulate 1"
+    assert said in as_text(report)
 
 
 def test_the_config_of_the_repository_is_read_where_none_is_named(folder, capsys):
@@ -149,3 +152,10 @@ def test_jobs_are_counted_in_spite_of_a_misspelt_column(folder, monkeypatch):
     # With another problem, Snakemake would only say that one once more.
     said = check_config(wrong | {"trian": 1}, ["--configfile", str(TINY)])
     assert (len(asked), said["jobs"]) == (1, {})
+
+
+def test_the_jobs_of_the_target_preprocessed_are_those_that_snakemake_plans_for_it(folder):
+    # With the rule of the target itself, as `all` is in a run.
+    planned, said = plan.count_jobs(["--configfile", str(TINY), "--", "preprocessed"], SNAKEFILE)
+    assert said == ""
+    assert set(planned) - {"preprocessed"} == {"simulate", "preprocess", "qc_report"} <= TO_PREPROCESSED

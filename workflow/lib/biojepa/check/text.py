@@ -11,6 +11,8 @@ from biojepa.check.screen import CALLS, COUNTS, EARLIER, LABELS, LISTED, UNKNOWN
 from biojepa.download.disk import size_text
 
 WIDTH = 100
+# Rules of the target at which a new screen is looked at first.
+TO_PREPROCESSED = frozenset(("download", "unpack", "unpack_file", "simulate", "preprocess", "qc_report"))
 MARK = " (of an earlier run)"
 # Whole transcriptomes have more genes in a file, and man and mouse have 13 mitochondrial genes of proteins.
 PANEL, FEWEST_MITOCHONDRIAL = 10_000, 10
@@ -27,7 +29,12 @@ def as_text(report: Mapping[str, Any]) -> str:
     lines += [line for note in report["notes"] for line in _wrapped(f"Note: {note}")]
     if report["jobs"]:
         total = sum(report["jobs"].values())
-        lines += ["Jobs", *_wrapped(f"  {total} to run: {_counts(report['jobs'], len(report['jobs']))}")]
+        first = sum(n for rule, n in report["jobs"].items() if rule in TO_PREPROCESSED)
+        early = f", {first} of them for `preprocessed`" if 0 < first < total else ""
+        lines += [
+            "Jobs",
+            *_wrapped(f"  {total} to run{early}: {_counts(report['jobs'], len(report['jobs']))}"),
+        ]
     if any(report["jobs"].values()) and "estimate" in report:
         lines += _estimate(report["estimate"])
     problems = report["problems"]
