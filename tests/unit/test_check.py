@@ -494,6 +494,7 @@ def test_missing_files_are_told_once_with_the_nearest_name(folder):
         f"Fix: correct the path, or data_dir of the config, which is {folder}"
     )
     assert report["datasets"]["mine"]["coverage"]["missing"][0] == f"{folder}/nets.tsv"
+    assert "labels: from calls.csv\n" in as_text(report)
     assert f"prior sources that are missing: {folder}/nets.tsv" in " ".join(as_text(report).split())
     write_table(source="{data_dir}/screen.h5ad", networks="net.tsv")
     report = check_config(config(data_dir="dta"))

@@ -15,7 +15,7 @@ from biojepa.gene_sets import read_gene_sets
 from biojepa.labels import genes_of
 from biojepa.prediction_requests import read_requests
 from biojepa.prior_names import COEXPRESSION, RESPONSES, TRAINING_CELLS
-from biojepa.priors import read_sources, require_coverage
+from biojepa.priors import PriorSource, read_sources, require_coverage
 
 
 def look_at_sources(
@@ -41,7 +41,9 @@ def look_at_sources(
     """
     row, genes = config.source(dataset), screens[dataset].perturbed_genes
     settings = config.settings(dataset, "pair")
-    sources, pending, missing = [], [], []
+    sources: list[PriorSource] = []
+    pending: list[str] = []
+    missing: list[str] = []
     lost = {path for _, path in row.missing_files()}
     kinds = {"networks": row.networks, "gene_sets": row.gene_sets, "gene_tables": row.gene_tables}
     for kind, paths in kinds.items():

@@ -119,15 +119,14 @@ def _depth(facts: Mapping[str, Any]) -> Iterator[str]:
 def _labels(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield how labels are understood."""
     origin = facts.get("labels_from")
+    # Not known where the table of guides cannot be read.
+    targets = f"; guides of each target: {_counts(facts['targets'])}" if facts.get("targets") else ""
     if origin == UNKNOWN:
         yield "labels: known once the screen is there"
     elif origin == COUNTS:
-        yield (
-            f"labels: called from guide counts by preprocess ({facts['method']}); guides of each target: "
-            f"{_counts(facts.get('targets', {}))}"
-        )
+        yield f"labels: called from guide counts by preprocess ({facts['method']}){targets}"
     elif origin == CALLS:
-        yield f"labels: from {facts['calls']}; guides of each target: {_counts(facts.get('targets', {}))}"
+        yield f"labels: from {facts['calls']}{targets}"
     elif origin == EARLIER:
         yield f"labels: of an earlier run, {facts['earlier']}; its settings may have been others"
     labels = facts.get("labels")
