@@ -15,7 +15,12 @@ import pytest
 from scipy import sparse
 from sklearn.decomposition import PCA
 
-from biojepa.contracts import GUIDE_CALLS_COLUMNS, GUIDE_UMIS_COLUMNS, GUIDES_PER_CELL_COLUMNS
+from biojepa.contracts import (
+    GUIDE_CALLS_COLUMNS,
+    GUIDE_TABLE_COLUMNS,
+    GUIDE_UMIS_COLUMNS,
+    GUIDES_PER_CELL_COLUMNS,
+)
 from biojepa.errors import InputError
 from biojepa.qc_report import QcInputs, build_qc_report, figures_cells, figures_perturbations, read, summary
 from biojepa.qc_report.page import MAX_ROWS, perturbation_rows
@@ -201,15 +206,47 @@ def test_the_summary_says_what_the_tables_hold(inputs: QcInputs, page: str) -> N
     assert f"{clear} of 30 perturbations" in text
     assert "Of 30 measured targets, 30 fell and 0 rose" in text
     assert "Guides were called in 83 % of the cells; 10 % have none" in text
-    # One guide was called nowhere, and that is all there is to look at.
-    assert [item.found for item in summary.warnings(inputs)] == [
-        "1 of 40 guides were called in no cell: g38."
-    ]
+    # The only guide of one target was called nowhere, and that is all there is to look at.
+    assert [item.found for item in summary.warnings(inputs)] == ["GENE38 has no cell: 38 of 39 targets left."]
+    assert "genes, " not in text.split("UMIs and")[0]  # none was lost
     assert page.index("1 thing to look at") < page.index("Of 3\u202f000 cells")
 
 
 def warned(inputs: QcInputs) -> str:
     return " ".join(item.found for item in summary.warnings(inputs)).replace("\u202f", " ")
+
+
+def test_the_share_of_responding_cells_says_of_how_many_perturbations_it_is(inputs: QcInputs) -> None:
+    clear = int((inputs.perturbations["effect_q"] < 0.05).sum())
+    known = np.where(np.arange(30) < 3, 0.7, np.nan)  # the strongest three
+    table = inputs.perturbations.assign(responding_share=known)
+    text = " ".join(summary.sentences(replace(inputs, perturbations=table))).replace("\u202f", " ")
+    assert clear > 3 and "Of their cells, 70 % respond at the median in the 3 where it can be told." in text
+    table = table.assign(responding_share=0.5)
+    text = " ".join(summary.sentences(replace(inputs, perturbations=table))).replace("\u202f", " ")
+    assert "50 % respond at the median." in text
+
+
+def test_lost_genes_are_told_and_warned_of_where_they_are_most(inputs: QcInputs) -> None:
+    def noted(removed: int) -> QcInputs:
+        row = {"filter": "min_cells_per_gene", "threshold": "≥ 10 cells", "cells_before": 2260,
+               "cells_removed": 0, "cells_after": 2260,
+               "note": f"genes: 500 before, {removed} removed, {500 - removed} after"}  # fmt: skip
+        return replace(inputs, qc=pd.concat([inputs.qc, pd.DataFrame([row])], ignore_index=True))
+
+    assert "Of 500 genes, 120 were kept; 380 are seen in too few cells." in summary.sentences(noted(380))
+    assert "380 of 500 genes were removed: too few cells show them." in warned(noted(380))
+    assert "Of 500 genes, 400 were kept" in " ".join(summary.sentences(noted(100)))
+    assert "genes were removed" not in warned(noted(100))
+
+
+def test_lost_targets_are_told_from_lost_guides(inputs: QcInputs) -> None:
+    calls = inputs.guide_calls.copy()
+    # g37 has the target of g36, which was found: a guide is lost, no target.
+    calls.loc[calls["guide"] == "g37", ["target", "cells_called", "cells_assigned"]] = ["GENE36", 0, 0]
+    text = warned(replace(inputs, guide_calls=calls))
+    assert "GENE38 has no cell: 37 of 38 targets left." in text
+    assert "1 of 40 guides were called in no cell: g37 (GENE36)." in text
 
 
 def test_each_problem_is_named(inputs: QcInputs) -> None:
@@ -249,6 +286,13 @@ def test_each_problem_is_named(inputs: QcInputs) -> None:
     assert (
         f"Guides of 30 perturbations disagree: {', '.join(NASTY)}, GENE0, GENE1, GENE2 and 22 more." in text
     )
+    guides = pd.DataFrame(index=range(7), columns=list(GUIDE_TABLE_COLUMNS)).assign(
+        guide_id=list("abcdefg"),
+        q=[0.5, 0.01, 0.04, 0.03, 0.02, 0.015, 0.012],
+        flag=["", *["discordant"] * 6],
+    )
+    text = warned(replace(inputs, perturbations=weak, guides=guides))
+    assert "and 22 more. Unlike their siblings: b, g, f, e, d and 1 more." in text
     wrong = table.assign(flag=["target_wrong_direction", *[""] * 29])
     assert f"1 perturbation moved the target the wrong way: {HOSTILE}." in warned(
         replace(inputs, perturbations=wrong)

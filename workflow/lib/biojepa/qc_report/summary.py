@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from biojepa.report.tables import format_count, format_number, format_percent
 SIGNIFICANT = 0.05
 # A filter that takes more of the cells it sees than this is worth a look at its threshold.
 LARGE_LOSS = 0.25
+MANY_GENES_LOST = 0.5
 FEW_CONTROLS, FEW_CONTROLS_IN_BATCH = 100, 10
 # Whole transcriptomes shallower than this hardly show a single target.
 SHALLOW, WHOLE_TRANSCRIPTOME = 1_000, 2_000
@@ -24,7 +26,7 @@ UNEVEN_DEPTH = 2.0
 MANY_WITHOUT_GUIDE, MANY_WITH_SEVERAL = 0.4, 0.3
 FEW_EFFECTS, FEW_TARGETS_MOVED = 0.2, 0.7
 MANY_BY_ONE_GUIDE = 0.2
-SHOWN_NAMES = 8
+SHOWN_NAMES, SHOWN_GUIDES = 8, 5
 # What the transcript of the target should do; a knock-out need not change it.
 EXPECTED = {"CRISPRi": "down", "CRISPRa": "up"}
 
@@ -37,11 +39,11 @@ class Warned:
     advice: str
 
 
-def names_of(names: Iterable[object]) -> str:
-    """List a few names, and say how many more there are."""
+def names_of(names: Iterable[object], most: int = SHOWN_NAMES) -> str:
+    """List at most so many names, and say how many more there are."""
     every = [str(name) for name in names]
-    more = len(every) - SHOWN_NAMES
-    return ", ".join(every[:SHOWN_NAMES]) + (f" and {format_count(more)} more" if more > 0 else "")
+    more = len(every) - most
+    return ", ".join(every[:most]) + (f" and {format_count(more)} more" if more > 0 else "")
 
 
 def plural(n: int, noun: str, of_many: str = "") -> str:
@@ -61,6 +63,20 @@ def class_shares(inputs: QcInputs) -> dict[str, float]:
         return {}
     shares = table.groupby("status")["share"].sum()
     return {status: float(shares.get(status, 0.0)) for status in (ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES)}
+
+
+def genes_lost(inputs: QcInputs) -> tuple[int, int]:
+    """Return genes read and genes removed, by the notes of the filters; 0 and 0 where none says so."""
+    for note in inputs.qc["note"].fillna("").astype(str):
+        if found := re.search(r"genes: (\d+) before, (\d+) removed", note):
+            return int(found[1]), int(found[2])
+    return 0, 0
+
+
+def expected_change(inputs: QcInputs) -> str:
+    """Return what the transcripts of targets should do: ``down``, ``up``, or nothing that can be said."""
+    kinds = {EXPECTED.get(kind, "") for kind in inputs.cells.types}
+    return kinds.pop() if len(kinds) == 1 else ""
 
 
 def warnings(inputs: QcInputs) -> list[Warned]:
@@ -122,6 +138,15 @@ def _losses(inputs: QcInputs) -> list[Warned]:
                     "Look where its limit lies in the distributions, or at its note in the table of filters.",
                 )
             )
+    genes, removed = genes_lost(inputs)
+    if removed > MANY_GENES_LOST * genes:
+        found.append(
+            Warned(
+                f"{format_count(removed)} of {plural(genes, 'gene')} were removed: too few cells show them.",
+                f"Effects are seen in the other {format_count(genes - removed)} alone. Lower "
+                "preprocess.min_cells_per_gene for a small screen, or one of chosen genes.",
+            )
+        )
     return found
 
 
@@ -142,13 +167,32 @@ def _guides(inputs: QcInputs) -> list[Warned]:
                 "preprocess.guide_assignment takes method threshold or mixture and max_guides.",
             )
         )
-    never = calls.loc[calls["cells_called"] == 0, "guide"]
+    return found + _absent_guides(calls)
+
+
+def _absent_guides(calls: pd.DataFrame) -> list[Warned]:
+    """Name targets without a cell; of the others, guides that were called nowhere."""
+    found = []
+    cells = calls[calls["target"] != contracts.CONTROL].groupby("target", sort=False)["cells_assigned"].sum()
+    lost = cells.index[cells == 0]
+    if len(lost):
+        left = f"{format_count(len(cells) - len(lost))} of {plural(len(cells), 'target')} left"
+        found.append(
+            Warned(
+                f"{names_of(lost)} {'has' if len(lost) == 1 else 'have'} no cell: {left}.",
+                "None of their guides was given to a cell: missing from the library, or spelt differently "
+                "in the reference.",
+            )
+        )
+    never = calls[(calls["cells_called"] == 0) & ~calls["target"].isin(lost)]
     if len(never):
+        named = [f"{guide} ({target})" for guide, target in zip(never["guide"], never["target"], strict=True)]
         found.append(
             Warned(
                 f"{format_count(len(never))} of {plural(len(calls), 'guide')} were called in no cell: "
-                f"{names_of(never)}.",
-                "They may be missing from the library, or be spelt differently in the reference.",
+                f"{names_of(named, SHOWN_GUIDES)}.",
+                "They may be missing from the library, or be spelt differently in the reference; other "
+                "guides of their targets were found.",
             )
         )
     return found
@@ -182,8 +226,7 @@ def _depth(inputs: QcInputs) -> list[Warned]:
 def _targets(inputs: QcInputs) -> list[Warned]:
     found, table = [], inputs.perturbations
     points = on_target_points(table)
-    kinds = {EXPECTED.get(kind, "") for kind in inputs.cells.types}
-    if len(kinds) == 1 and len(points) and (expected := kinds.pop()):
+    if len(points) and (expected := expected_change(inputs)):
         sign = -1 if expected == "down" else 1
         moved = ((points["p"] < SIGNIFICANT) & (sign * points["log2fc"] > 0)).mean()
         if moved < FEW_TARGETS_MOVED:
@@ -250,17 +293,18 @@ def _disagreement(inputs: QcInputs) -> list[Warned]:
     names = table.loc[has_flag(table, "guides_disagree"), "perturbation"]
     if not len(names):
         return []
-    return [
-        Warned(
-            f"Guides of {plural(len(names), 'perturbation')} disagree: {names_of(names)}.",
-            "One of them may hit something else, or not work.",
-        )
-    ]
+    text = f"Guides of {plural(len(names), 'perturbation')} disagree: {names_of(names)}."
+    if inputs.guides is not None:
+        odd = inputs.guides[has_flag(inputs.guides, contracts.DISCORDANT)]
+        odd = odd.sort_values(["q", "guide_id"], kind="stable")["guide_id"]
+        if len(odd):
+            text = text[:-1] + f". Unlike their siblings: {names_of(odd, SHOWN_GUIDES)}."
+    return [Warned(text, "They may hit something else, or not work.")]
 
 
 def sentences(inputs: QcInputs) -> list[str]:
     """Return what the screen is, in plain sentences."""
-    texts = (_kept, _called, _perturbed, _quality, _responses, _moved, _not_done)
+    texts = (_kept, _genes, _called, _perturbed, _quality, _responses, _moved, _not_done)
     return [text for part in texts if (text := part(inputs))]
 
 
@@ -277,6 +321,16 @@ def _kept(inputs: QcInputs) -> str:
                 zip(lost["filter"][:3], lost["cells_removed"][:3], strict=True)]  # fmt: skip
         text += f" Most of the others were lost to {', '.join(most)}."
     return text
+
+
+def _genes(inputs: QcInputs) -> str:
+    genes, removed = genes_lost(inputs)
+    if not removed:
+        return ""
+    return (
+        f"Of {plural(genes, 'gene')}, {format_count(genes - removed)} were kept; "
+        f"{format_count(removed)} are seen in too few cells."
+    )
 
 
 def _called(inputs: QcInputs) -> str:
@@ -334,7 +388,10 @@ def _responses(inputs: QcInputs) -> str:
         text += f"; the strongest are {', '.join(map(str, strongest[:3]))}"
     text += "."
     if (shares := clear[RESPONDING_SHARE].dropna()).size:
-        text += f" Of their cells, {format_percent(shares.median())} respond at the median."
+        where = (
+            "" if len(shares) == len(clear) else f" in the {format_count(len(shares))} where it can be told"
+        )
+        text += f" Of their cells, {format_percent(shares.median())} respond at the median{where}."
     return text
 
 
