@@ -23,7 +23,7 @@ from biojepa.contracts import (
 )
 from biojepa.errors import InputError
 from biojepa.qc_report import QcInputs, build_qc_report, figures_cells, figures_perturbations, read, summary
-from biojepa.qc_report.page import MAX_ROWS, perturbation_rows
+from biojepa.qc_report.page import MAX_ROWS, perturbation_rows, settings_used
 from biojepa.report.page import asset
 from qc_case import make_perturbations, make_qc_inputs
 from report_case import HOSTILE, NASTY
@@ -95,7 +95,9 @@ def test_names_that_look_like_markup_stay_text(page: str) -> None:
     assert data["rows"]["columns"][0]["values"][: len(NASTY)] == list(NASTY)  # shown by textContent
     ranked = data["figures"]["effect-ranking"]["options"][0][1]
     assert ranked["data"][0]["customdata"][0][0] == html.escape(HOSTILE, quote=False)
-    assert all("<b>" not in note["text"] for note in ranked["layout"]["annotations"])
+    assert ranked["data"][0]["x"][0] == html.escape(HOSTILE, quote=False)
+    many = figures_perturbations.effect_ranking(make_perturbations(60)).spec
+    assert all("<b>" not in note["text"] for note in many["layout"]["annotations"])
 
 
 def test_filters_carry_their_thresholds(page: str) -> None:
@@ -146,7 +148,31 @@ def test_guides_are_those_of_the_tables(inputs: QcInputs) -> None:
     assert len(trace(spec, "targeting")["y"]) == 38
 
 
-def test_perturbations_are_ranked_with_the_minimum_drawn(inputs: QcInputs) -> None:
+def test_few_perturbations_are_bars_with_their_names(inputs: QcInputs) -> None:
+    table = inputs.perturbations.assign(
+        responding_share=np.where(np.arange(30) < 4, [0.9, 0.8, 0.7, 0.6] + [0] * 26, np.nan)
+    )
+    inputs = replace(inputs, perturbations=table)
+    drawn = [
+        *figures_perturbations.perturbation_figures(inputs), *figures_perturbations.effect_figures(inputs)
+    ]  # fmt: skip
+    for key, column in (
+        ("cells", "n_cells"), ("effect-ranking", "effect_size"), ("changed-genes", "n_deg"),
+        ("responding", "responding_share"),
+    ):  # fmt: skip
+        spec = figure(drawn, key).spec
+        assert {found["type"] for found in spec["data"]} == {"bar"}
+        bars = {x: y for found in spec["data"] for x, y in zip(found["x"], found["y"], strict=True)}
+        known = table.dropna(subset=[column]).set_index("perturbation")[column]
+        assert bars == pytest.approx({html.escape(n, quote=False): v for n, v in known.items()}, rel=1e-3)
+        order = spec["layout"]["xaxis"]["categoryarray"]
+        assert [bars[name] for name in order] == sorted(bars.values(), reverse=True)
+    assert figure(drawn, "responding").caption.n == "4 of 30 perturbations, median 75\u202f%"
+    assert 25 in [shape["y0"] for shape in figure(drawn, "cells").spec["layout"]["shapes"]]
+
+
+def test_many_perturbations_are_ranked_with_the_minimum_drawn(inputs: QcInputs) -> None:
+    inputs = replace(inputs, perturbations=make_perturbations(60).assign(n_deg=[0, *range(59)]))
     cells = figure(figures_perturbations.perturbation_figures(inputs), "cells").spec
     points = sorted((x, y) for found in cells["data"] for x, y in zip(found["x"], found["y"], strict=True))
     assert [y for _, y in points] == sorted(inputs.perturbations["n_cells"], reverse=True)
@@ -154,10 +180,91 @@ def test_perturbations_are_ranked_with_the_minimum_drawn(inputs: QcInputs) -> No
     ranking = figures_perturbations.effect_ranking(inputs.perturbations).spec
     clear = inputs.perturbations.query("effect_q < 0.05")
     assert trace(ranking, "q < 0.05")["y"] == pytest.approx(clear["effect_size"].tolist(), rel=1e-3)
-    named = [name for note in ranking["layout"]["annotations"] for name in note["text"].split(", ")]
-    assert named == [html.escape(name, quote=False) for name in clear["perturbation"][: len(named)]]
+    notes = ranking["layout"]["annotations"]
+    assert [note["text"] for note in notes] == [
+        html.escape(name, quote=False) for name in clear["perturbation"][:5]
+    ]
+    # A name points at its own point, however close the points are.
+    assert [note["x"] for note in notes] == [1, 2, 3, 4, 5]
+    assert [note["y"] for note in notes] == pytest.approx(clear["effect_size"][:5].tolist(), rel=1e-3)
     genes = figures_perturbations.changed_genes(inputs.perturbations).spec
     assert sum(map(len, (found["x"] for found in genes["data"]))) == len(inputs.perturbations)
+    # No point is cut: not that of nothing changed, nor the first or the last.
+    low, high = genes["layout"]["yaxis"]["range"]
+    assert low < 0 and high > 58
+    first, last = genes["layout"]["xaxis"]["range"]
+    assert first < 1 and last > 60 and genes["layout"]["xaxis"]["tickvals"][0] == 1
+
+
+def test_names_of_strong_perturbations_lie_a_line_apart() -> None:
+    table = make_perturbations(60).assign(
+        effect_size=[10.0, 9.99, 9.98, *np.linspace(5, 0, 57)], effect_q=0.01
+    )
+    notes = figures_perturbations.effect_ranking(table).spec["layout"]["annotations"]
+    px = figures_perturbations.PLOT_HEIGHT / 10
+    height = [-note["y"] * px + note["ay"] for note in notes]
+    assert np.diff(height).min() >= figures_perturbations.LINE_OF_TEXT - 1.5  # whole pixels
+    assert [note["x"] for note in notes] == [1, 2, 3, 4, 5]
+    assert [note["y"] for note in notes] == [10.0, 9.99, 9.98, 5.0, pytest.approx(5 - 5 / 56, rel=1e-3)]
+
+
+def test_the_floor_of_permutations_is_told(inputs: QcInputs) -> None:
+    table = inputs.perturbations.assign(
+        effect_p=[1 / 1001] * 7 + [0.3] * 23, effect_q=[0.004] * 7 + [0.4] * 23
+    )
+    told = figures_perturbations.effect_ranking(table, 1000).caption.thresholds.replace("\u202f", " ")
+    assert "1 000 permutations give no p below 0.001, so that 7 share q 0.004" in told
+    above = table.assign(effect_p=0.3)
+    assert "permutations give" not in figures_perturbations.effect_ranking(above, 1000).caption.thresholds
+
+
+def test_targets_are_named_and_told_by_the_type_of_perturbation(inputs: QcInputs) -> None:
+    table = inputs.perturbations.assign(
+        on_target_log2fc=["3.1", "0.1", "-0.2", *[""] * 27], on_target_p=["1e-180", "0.5", "0.01", *[""] * 27]
+    )
+    activated = replace(inputs, perturbations=table, cells=replace(inputs.cells, types=("CRISPRa",)))
+    found = figure(figures_perturbations.effect_figures(activated), "on-target")
+    assert found.caption.n == "3 measured targets, 1 down and 2 up"
+    assert found.caption.read.startswith("Targets should lie to the right")
+    assert "1 with p below 10⁻⁵⁰ drawn at 50" in found.caption.thresholds
+    layout = found.spec["layout"]
+    assert [note["text"] for note in layout["annotations"]] == [html.escape(NASTY[0], quote=False)]
+    assert (layout["annotations"][0]["x"], layout["annotations"][0]["y"]) == (3.1, 50)
+    assert {-0.25, 0.25} <= {shape.get("x0") for shape in layout["shapes"]}
+    low, high = layout["yaxis"]["range"]
+    assert low < 0 and high > 50
+
+
+def test_settings_and_captions_are_those_of_the_rule_of_guides(inputs: QcInputs) -> None:
+    section = {"method": "dominance", "min_umis": 5, "min_share": None, "max_guides": 2, "min_posterior": 0.5}
+    table = pd.DataFrame(
+        {
+            "status": ["assigned", "too_many_guides"],
+            "n_guides": [1, None],
+            "cells": [90, 10],
+            "share": [0.9, 0.1],
+        }
+    )
+    calls = inputs.guide_calls.assign(fallback="")
+    single = replace(inputs, settings={"guide_assignment": section}, guides_per_cell=table, guide_calls=calls)
+    assert settings_used(single) == {
+        "guide_assignment": {"method": "dominance", "min_umis": 5, "min_share": 0.6}
+    }
+    assert settings_used(without_guides(single)) == {}
+    figures = figures_cells.guide_figures(single)
+    classes = figure(figures, "guides-per-cell")
+    assert trace(classes.spec, "more than accepted")["x"] == ["top guide below 60\u202f%"]
+    assert "top guide below 60" in classes.caption.misleads
+    told = " ".join(text for found in figures for text in vars(found.caption).values())
+    assert "orange" not in told and "mixture" not in told and "sum over all guides of a cell" in told
+    mixture = replace(single, settings={"guide_assignment": {**section, "method": "mixture"}})
+    assert settings_used(mixture)["guide_assignment"] == {**section, "method": "mixture", "min_share": 0.6}
+
+
+def test_guides_that_are_not_known_are_missing(inputs: QcInputs) -> None:
+    columns = perturbation_rows(inputs.perturbations.assign(n_guides=[0] * 29 + [3]))["columns"]
+    guides = next(column for column in columns if column["key"] == "n_guides")
+    assert guides["values"].count(None) == 29 and 3 in guides["values"]
 
 
 def test_the_map_colours_the_strongest_perturbations_and_each_batch(inputs: QcInputs) -> None:

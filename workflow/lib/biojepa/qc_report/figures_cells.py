@@ -9,8 +9,9 @@ import pandas as pd
 
 from biojepa import contracts
 from biojepa.guides.assign import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES
+from biojepa.guides.settings import DOMINANCE, MIXTURE, GuideAssignment
 from biojepa.qc_report.inputs import QcInputs
-from biojepa.report.figures import Caption, Figure, Spec, escape, evenly, line, numbers
+from biojepa.report.figures import Caption, Figure, Spec, escape, evenly, from_zero, line, numbers
 from biojepa.report.tables import format_count, format_number, format_percent
 
 # Title, unit of the axis, whether the axis is logarithmic, and what to look for.
@@ -65,11 +66,18 @@ def _distribution_figure(inputs: QcInputs, metric: str) -> Figure:
     if len(rows) > 1:
         options["batch by batch"] = _boxes(_extremes(rows), unit, logged)
     n, kept, poor = (int(bins[name].sum()) for name in ("cells", "cells_kept", "cells_low_quality"))
+    grey = n - kept - poor
+    colors = {"kept (blue)": kept, "of poor quality (orange)": poor, "unassigned (grey)": grey}
+    shown = [name for name, cells in colors.items() if cells]
+    misleads = []
+    if poor:
+        misleads.append("Orange cells were dropped by any filter of quality, not only by this one.")
+    if grey:
+        misleads.append("Grey ones have no perturbation, more than is accepted, or one with too few cells.")
     low, high = _limits(rows)
     caption = Caption(
         title=title,
-        shows="Cells kept (blue), of poor quality (orange), and unassigned (grey); dotted: "
-        "limits. "
+        shows=f"Cells {', '.join(shown)}; dotted: limits. "
         + ("Batch by batch: quartiles, 5th and 95th percentile before the filters." if len(rows) > 1 else ""),
         read=look,
         n=f"{format_count(n)} cells, {format_count(kept)} kept, {format_count(poor)} of poor quality"
@@ -79,8 +87,7 @@ def _distribution_figure(inputs: QcInputs, metric: str) -> Figure:
             else ""
         ),
         thresholds=_limits_told(low, high, unit),
-        misleads="Orange cells were dropped by any filter of quality, not only by this one. Grey ones have "
-        "no perturbation, more than is accepted, or one with too few cells.",
+        misleads=" ".join(misleads),
     )
     return Figure(f"distribution-{metric}", options, caption, height=320, selector="Show")
 
@@ -151,6 +158,18 @@ def log_axis(low: float, high: float) -> Spec:
     return {"type": "log", "tickvals": ticks, "ticktext": [format_count(tick) for tick in ticks]}
 
 
+def rank_axis(n: int, title: str) -> Spec:
+    """Return an axis of ranks from 1 to ``n``, with room for the first and the last point."""
+    steps = [step * 10**decade for decade in range(9) for step in (1, 2, 5)]
+    step = next(step for step in steps if n <= 7 * step)
+    ticks = [1, *range(step, n + 1, step)] if step > 1 else list(range(1, n + 1))
+    room = max(0.5, 0.02 * n)
+    return {
+        "title": {"text": title}, "showgrid": False, "zeroline": False, "range": [1 - room, n + room],
+        "tickvals": ticks, "ticktext": [format_count(tick) for tick in ticks],
+    }  # fmt: skip
+
+
 def _extremes(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the batches with the lowest and the highest medians, lowest first."""
     rows = rows.sort_values(["median", "batch"], kind="stable")
@@ -197,9 +216,9 @@ def guide_figures(inputs: QcInputs) -> list[Figure]:
     if len(inputs.guide_umis):
         figures.append(_knee_figure(inputs))
     if len(inputs.guides_per_cell):
-        figures.append(_classes_figure(inputs.guides_per_cell))
+        figures.append(_classes_figure(inputs.guides_per_cell, inputs.assignment))
     if len(inputs.guide_calls):
-        figures.append(_guide_cells_figure(inputs.guide_calls))
+        figures.append(_guide_cells_figure(inputs.guide_calls, inputs.assignment))
     return figures
 
 
@@ -211,9 +230,10 @@ def _knee_figure(inputs: QcInputs) -> Figure:
     if len(thresholds):
         low, middle, high = thresholds.min(), thresholds.median(), thresholds.max()
         shapes = [line(float(middle), "y")]
-        told = f"a guide is called from {format_count(middle)} UMIs on (dotted)"
+        told = f"a guide is called from {format_count(middle)} UMIs of its own on (dotted)"
         if low < high:
             told += f", the median of {format_count(low)} to {format_count(high)}"
+        told += "; the curve is the sum over all guides of a cell"
     cells = int(table["rank"].max())
     spec = {
         "data": [
@@ -256,8 +276,18 @@ STATUS_STYLE = {
 }
 
 
-def _classes_figure(table: pd.DataFrame) -> Figure:
-    number = table["n_guides"].map(lambda n: "two or more" if pd.isna(n) else format_count(n))
+def _classes_figure(table: pd.DataFrame, rule: GuideAssignment | None) -> Figure:
+    # Only dominance leaves the number open: it asks for the share of the top guide and counts no others.
+    unclear = f"top guide below {format_percent(rule.share)}" if rule else "no guide dominates"
+    number = table["n_guides"].map(lambda n: unclear if pd.isna(n) else format_count(n))
+    counted, misleads = bool(table["n_guides"].notna().all()), ""
+    if not counted:
+        misleads = (
+            f"“{unclear}”: less than that share of their guide UMIs on one guide: another guide, "
+            "or much ambient RNA. How many guides they have is not counted."
+        )
+    elif rule and rule.method == MIXTURE:
+        misleads = "A cell with a called guide can still have none that stands out of its background."
     data = []
     for status, (name, color) in STATUS_STYLE.items():
         chosen = (table["status"] == status).to_numpy()
@@ -267,7 +297,7 @@ def _classes_figure(table: pd.DataFrame) -> Figure:
                     "type": "bar", "name": name, "x": number[chosen].tolist(),
                     "y": numbers(table.loc[chosen, "cells"], 9), "marker": {"color": color},
                     "customdata": [format_percent(share) for share in table.loc[chosen, "share"]],
-                    "hovertemplate": "%{x} guides: %{y:,} cells (%{customdata})<extra>" + name + "</extra>",
+                    "hovertemplate": "%{x}: %{y:,} cells (%{customdata})<extra>" + name + "</extra>",
                 }
             )  # fmt: skip
     shares = table.groupby("status")["share"].sum()
@@ -294,13 +324,12 @@ def _classes_figure(table: pd.DataFrame) -> Figure:
             if status in shares.index
         ),
         thresholds="those of preprocess.guide_assignment; the table of filters names them",
-        misleads="The rule dominance stops at one guide: it does not count the others. A cell with a called "
-        "guide can still have none that stands out of its background, under the rule mixture.",
+        misleads=misleads,
     )
     return Figure("guides-per-cell", {"": {"data": data, "layout": layout}}, caption, height=320)
 
 
-def _guide_cells_figure(table: pd.DataFrame) -> Figure:
+def _guide_cells_figure(table: pd.DataFrame, rule: GuideAssignment | None) -> Figure:
     table = table.sort_values(["cells_assigned", "guide"], ascending=[False, True], kind="stable")
     table = table.assign(rank=np.arange(1, len(table) + 1))
     control = table["target"] == contracts.CONTROL
@@ -327,22 +356,24 @@ def _guide_cells_figure(table: pd.DataFrame) -> Figure:
                 }
             )  # fmt: skip
     cells = table["cells_assigned"].to_numpy(dtype=float)
+    single = rule is not None and rule.method == DOMINANCE
     tenth, ninetieth = np.quantile(cells, [0.1, 0.9])
     ratio = f"; 90th over 10th percentile {format_number(ninetieth / tenth, 1)}" if tenth > 0 else ""
     caption = Caption(
         title="Cells of each guide",
         shows="Cells that were given to each guide, most first.",
-        read="A flat line is an even library. Guides at the foot were lost in cloning, or kill their cells; "
-        "orange ones had too few cells or no background to fit a threshold of their own to.",
+        read="A flat line is an even library. Guides at the foot were lost in cloning, or kill their cells"
+        + ("; orange ones had too few cells or no background for a fit." if doubtful.any() else "."),
         n=f"{format_count(len(table))} guides, median {format_count(np.median(cells))} cells{ratio}"
         + (f"; at most {format_count(MAX_GUIDES)} of each kind drawn" if len(table) > MAX_GUIDES else ""),
-        thresholds="a borrowed threshold is told by the column fallback of guide_calls.tsv, of the rule "
-        "mixture alone",
-        misleads="A cell with two accepted guides counts for both.",
+        thresholds="a borrowed threshold is told by the column fallback of guide_calls.tsv"
+        if doubtful.any()
+        else "those at which a guide is called",
+        misleads="" if single else "A cell with two accepted guides counts for both.",
     )
     layout = {
         "legend": LEGEND,
-        "xaxis": {"title": {"text": "guide, by number of cells"}, "showgrid": False},
-        "yaxis": {"title": {"text": "cells"}, "rangemode": "tozero"},
+        "xaxis": rank_axis(len(table), "guide, by number of cells"),
+        "yaxis": {"title": {"text": "cells"}, "range": from_zero(cells.max())},
     }
     return Figure("guide-cells", {"": {"data": data, "layout": layout}}, caption, height=320)

@@ -8,9 +8,21 @@ import numpy as np
 import pandas as pd
 
 from biojepa import contracts
-from biojepa.qc_report.figures_cells import LEGEND, log_axis
+from biojepa.qc_report.figures_cells import LEGEND, log_axis, rank_axis
 from biojepa.qc_report.inputs import RESPONDING_SHARE, QcInputs
-from biojepa.report.figures import Caption, Figure, Spec, escape, evenly, line, number, numbers, sentence
+from biojepa.qc_report.summary import expected_change
+from biojepa.report.figures import (
+    Caption,
+    Figure,
+    Spec,
+    escape,
+    evenly,
+    from_zero,
+    line,
+    number,
+    numbers,
+    sentence,
+)
 from biojepa.report.figures_quality import effect_figure, on_target_figure
 from biojepa.report.tables import format_count, format_p, format_percent
 
@@ -21,8 +33,10 @@ COLORS = ("@c1", "@c2", "@c3", "@c4", "@c5", "@c6", "@c7")
 # Names a colour-blind reader can tell apart, as the page's own colours are.
 SCALE = "Cividis"
 MIN_ON_MAP = 5
-# Names beside points, and the height of a line of text as a share of the axis.
-MAX_NAMED, LINE_OF_TEXT = 5, 0.06
+# Up to so many perturbations are bars with their names.
+MAX_BARS = 40
+# Names beside points, and in px: their distance, and the height of the plot between its axes.
+MAX_NAMED, LINE_OF_TEXT, PLOT_HEIGHT = 5, 15, 270
 
 
 def perturbation_figures(inputs: QcInputs) -> list[Figure]:
@@ -41,8 +55,8 @@ def effect_figures(inputs: QcInputs) -> list[Figure]:
     if table.empty:
         return []
     found = [
-        on_target_figure(table, MAX_DRAWN),
-        effect_ranking(table),
+        on_target_figure(table, MAX_DRAWN, expected_change(inputs)),
+        effect_ranking(table, inputs.settings.get("permutations")),
         changed_genes(table),
         effect_figure(table, MAX_DRAWN),
     ]
@@ -87,15 +101,45 @@ def _drawn(rows: pd.DataFrame) -> str:
 
 
 def _by_effect(rows: pd.DataFrame, y: str, hover: str, x: str = "rank") -> list[Spec]:
-    """Return two traces: perturbations with a detectable effect, and all others."""
+    """Return two traces: perturbations with a detectable effect, and all others.
+
+    Points, or bars where there are few enough to name each.
+    """
     clear = rows["effect_q"] < SIGNIFICANT
     kinds = (
         (rows[clear], f"q < {SIGNIFICANT:g}", "@main", "circle"),
         (rows[~clear], "no detectable effect", "@negative", "circle-open"),
     )
     return [
-        _points(part, y, name, color, hover, symbol, x) for part, name, color, symbol in kinds if len(part)
+        _mark(part, y, name, color, hover, symbol, x, len(rows))
+        for part, name, color, symbol in kinds
+        if len(part)
     ]
+
+
+def _mark(
+    part: pd.DataFrame, y: str, name: str, color: str, hover: str, symbol: str, x: str, total: int
+) -> Spec:
+    """Return a trace of points, or of bars where the perturbations are few."""
+    points = _points(part, y, name, color, hover, symbol, x)
+    if total > MAX_BARS:
+        return points
+    own = ("name", "y", "customdata", "hovertemplate")
+    names = [escape(p) for p in part["perturbation"]]
+    return {"type": "bar", **{key: points[key] for key in own}, "x": names, "marker": {"color": color}}
+
+
+def _across(rows: pd.DataFrame, title: str) -> Spec:
+    """Return the part of a layout that tells ranked perturbations: their names, or ranks of many."""
+    if len(rows) > MAX_BARS:
+        return {"xaxis": rank_axis(len(rows), f"perturbation, {title}")}
+    axis = {
+        "type": "category", "categoryorder": "array", "showgrid": False,
+        "categoryarray": [escape(p) for p in rows["perturbation"]],
+        "tickangle": -90 if len(rows) > 12 else "auto", "tickfont": {"size": 10},
+        "range": [-0.6, len(rows) - 0.4],
+    }  # fmt: skip
+    return {"barmode": "overlay", "bargap": 0.25, "xaxis": axis}
 
 
 def _cells_figure(inputs: QcInputs) -> Figure:
@@ -106,8 +150,12 @@ def _cells_figure(inputs: QcInputs) -> Figure:
         shapes.append(line(minimum, "y"))
     layout = {
         "legend": LEGEND,
-        "xaxis": {"title": {"text": "perturbation, by number of cells"}, "showgrid": False},
-        "yaxis": {**log_axis(rows["n_cells"].min(), rows["n_cells"].max()), "title": {"text": "cells"}},
+        **_across(rows, "by number of cells"),
+        # A bar begins at 0, which a logarithmic axis has not.
+        "yaxis": {
+            **({} if len(rows) <= MAX_BARS else log_axis(rows["n_cells"].min(), rows["n_cells"].max())),
+            "title": {"text": "cells"},
+        },
         "shapes": shapes,
     }
     caption = Caption(
@@ -147,7 +195,8 @@ def _guides_figure(table: pd.DataFrame) -> Figure:
     caption = Caption(
         title="Guides per perturbation",
         shows="Perturbations by the number of their guides that were kept.",
-        read="Two or more, so that an effect can be compared between guides; orange ones cannot be.",
+        read="Two or more, so that an effect can be compared between guides"
+        + ("; orange ones cannot be." if one else "."),
         n=f"{format_count(len(table))} perturbations, {format_count(one)} with one guide",
         thresholds="flag one_guide",
         misleads="A guide counts with a single cell. Combinations count the guides of all their genes.",
@@ -155,51 +204,67 @@ def _guides_figure(table: pd.DataFrame) -> Figure:
     return Figure("guides-per-perturbation", {"": spec}, caption, height=330)
 
 
-def effect_ranking(table: pd.DataFrame) -> Figure | None:
-    """Rank perturbations by the size of their effect."""
+def effect_ranking(table: pd.DataFrame, permutations: int | None = None) -> Figure | None:
+    """Rank perturbations by the size of their effect, tested by so many permutations."""
     rows = _ranked(table, "effect_size")
     if rows.empty:
         return None
     clear = int((rows["effect_q"] < SIGNIFICANT).sum())
     layout: Spec = {
         "legend": LEGEND,
-        "xaxis": {"title": {"text": "perturbation, by size of effect"}, "showgrid": False},
+        **_across(rows, "by size of effect"),
         "yaxis": {"title": {"text": "effect size"}},
         "shapes": [line(0, "y")],
     }
-    layout["annotations"] = [
-        {
-            "x": group[-1]["rank"], "y": number(group[-1]["effect_size"], 4), "showarrow": False,
-            "text": escape(", ".join(str(row["perturbation"]) for row in group)),
-            "xanchor": "left", "xshift": 7, "font": {"size": 11, "color": "@ink"},
-        }
-        for group in _strongest(rows)
-    ]  # fmt: skip
+    if len(rows) > MAX_BARS:
+        layout["annotations"] = _strongest(rows)
     hover = "effect %{y:.3f}, q %{customdata[2]}<br>%{customdata[1]} cells, %{customdata[3]} changed genes"
     caption = Caption(
         title="Ranking of effects",
         shows="Unbiased energy distance between a perturbation and control cells, strongest first.",
         read="A few strong perturbations, then a shoulder, then a floor around 0. Known strong genes should "
-        "be at the top; open circles cannot be told from control.",
+        "be at the top; grey ones cannot be told from control.",
         n=f"{format_count(clear)} of {format_count(len(rows))} have a detectable effect{_drawn(rows)}",
-        thresholds="q < 0.05, permutation test, Benjamini–Hochberg over perturbations",
+        thresholds="q < 0.05, permutation test, Benjamini–Hochberg over perturbations"
+        + _smallest_q(rows, permutations),
         misleads="A strong effect may be that of a batch, of dying cells or of an off-target of one guide.",
     )
     spec = {"data": _by_effect(rows, "effect_size", hover), "layout": layout}
     return Figure("effect-ranking", {"": spec}, caption, height=360)
 
 
-def _strongest(rows: pd.DataFrame) -> list[list[dict[Any, Any]]]:
-    """Return the first few of ranked rows, together where their names would lie upon each other."""
-    named = rows[rows["effect_q"] < SIGNIFICANT][:MAX_NAMED].to_dict("records")
-    apart = LINE_OF_TEXT * (rows["effect_size"].max() - rows["effect_size"].min())
-    groups: list[list[dict[Any, Any]]] = []
-    for row in named:
-        if groups and groups[-1][-1]["effect_size"] - row["effect_size"] < apart:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
+def _smallest_q(rows: pd.DataFrame, permutations: int | None) -> str:
+    """Say how many perturbations share the smallest q that so many permutations can give."""
+    if permutations is None:
+        return ""
+    smallest = 1 / (int(permutations) + 1)
+    at = rows["effect_p"] <= smallest * (1 + 1e-6)
+    if not at.any():
+        return ""
+    return (
+        f"; {format_count(permutations)} permutations give no p below {smallest:.1g}, so that "
+        f"{format_count(at.sum())} share q {format_p(rows.loc[at, 'effect_q'].max())}: compare their sizes"
+    )
+
+
+def _strongest(rows: pd.DataFrame) -> list[Spec]:
+    """Name the first few of ranked rows, each with a line to its point, a line of text apart."""
+    named = rows[rows["effect_q"] < SIGNIFICANT][:MAX_NAMED]
+    px = PLOT_HEIGHT / max(rows["effect_size"].max() - rows["effect_size"].min(), 1e-9)
+    notes, free = [], 0.0
+    for row in named.to_dict("records"):
+        # Pixels below the strongest point: of this one, and of its name.
+        at = (named["effect_size"].max() - row["effect_size"]) * px
+        free = max(at, free)
+        notes.append(
+            {
+                "x": row["rank"], "y": number(row["effect_size"], 4), "text": escape(row["perturbation"]),
+                "showarrow": True, "arrowhead": 0, "arrowwidth": 0.8, "arrowcolor": "@soft", "standoff": 4,
+                "ax": 34, "ay": round(free - at), "xanchor": "left", "font": {"size": 11, "color": "@ink"},
+            }
+        )  # fmt: skip
+        free += LINE_OF_TEXT
+    return notes
 
 
 def changed_genes(table: pd.DataFrame) -> Figure | None:
@@ -210,8 +275,8 @@ def changed_genes(table: pd.DataFrame) -> Figure | None:
     none = int((rows["n_deg"] == 0).sum())
     layout = {
         "legend": LEGEND,
-        "xaxis": {"title": {"text": "perturbation, by number of changed genes"}, "showgrid": False},
-        "yaxis": {"title": {"text": "changed genes"}, "rangemode": "tozero"},
+        **_across(rows, "by number of changed genes"),
+        "yaxis": {"title": {"text": "changed genes"}, "range": from_zero(rows["n_deg"].max())},
     }
     caption = Caption(
         title="Changed genes",
@@ -235,7 +300,7 @@ def _responding_figure(table: pd.DataFrame) -> Figure | None:
         return None
     layout = {
         "showlegend": False,
-        "xaxis": {"title": {"text": "perturbation, by share of responding cells"}, "showgrid": False},
+        **_across(rows, "by share of responding cells"),
         "yaxis": {
             "title": {"text": "cells that respond"},
             "range": [-0.02, 1.05],
@@ -248,13 +313,15 @@ def _responding_figure(table: pd.DataFrame) -> Figure | None:
         shows="Share of the cells of a perturbation that look perturbed rather than like control cells.",
         read="Low shares with a clear effect are cells that escaped: guides that cut or repress only some of "
         "their cells.",
-        n=f"{format_count(len(rows))} perturbations, median "
+        n=f"{format_count(len(rows))} of {format_count(len(table))} perturbations, median "
         + format_percent(rows[RESPONDING_SHARE].median()),
-        thresholds="a cell responds from a posterior of 0.5 on",
+        thresholds="a cell responds from a posterior of 0.5 on; perturbations are left out whose responding "
+        "cells overlap too much with control to be told apart, and those without a detectable effect",
         misleads="A weak effect that all cells share looks like a strong one that few have.",
     )
     hover = "%{y:.0%} of %{customdata[1]} cells respond"
-    spec = {"data": [_points(rows, RESPONDING_SHARE, "perturbations", "@baseline", hover)], "layout": layout}
+    data = [_mark(rows, RESPONDING_SHARE, "perturbations", "@baseline", hover, "circle", "rank", len(rows))]
+    spec = {"data": data, "layout": layout}
     return Figure("responding", {"": spec}, caption, height=360)
 
 
@@ -288,8 +355,9 @@ def _agreement_figure(guides: pd.DataFrame) -> Figure | None:
         title="Guides against their siblings",
         shows="Each guide: how far its effect agrees with that of the other guides of its perturbation, and "
         "how large it is.",
-        read="Orange guides do something else than their siblings. A large effect that no sibling shares is "
-        "off-target; one without effect beside siblings that have one does not work.",
+        read=("Orange guides do something else than their siblings. " if flagged.any() else "")
+        + "A large effect that no sibling shares is off-target; one without effect beside siblings that have "
+        "one does not work.",
         n=f"{format_count(len(rows))} guides with siblings, {format_count(flagged.sum())} disagree",
         thresholds="permutation of cells among the guides of a perturbation, Benjamini–Hochberg over guides",
         misleads="With few cells of a guide, disagreement stays unseen.",

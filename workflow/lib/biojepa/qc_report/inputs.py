@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from biojepa import contracts
+from biojepa.guides.settings import GuideAssignment
 from biojepa.report.inputs import require_columns
 
 MAP_COLUMNS = ("umap_1", "umap_2", contracts.PERTURBATION, contracts.BATCH, contracts.LIBRARY_SIZE)
@@ -119,3 +120,9 @@ class QcInputs:
         """Fewest cells of a perturbation that was kept, by the config."""
         value = self.settings.get("min_cells_per_perturbation")
         return None if value is None else int(value)
+
+    @property
+    def assignment(self) -> GuideAssignment | None:
+        """Rule by which guides were called; None where the settings do not say."""
+        section = self.settings.get("guide_assignment")
+        return None if section is None else GuideAssignment(**section)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from biojepa.guides.settings import DOMINANCE, MIXTURE
 from biojepa.qc_report import figures_cells, figures_perturbations, summary
 from biojepa.qc_report.inputs import RESPONDING_SHARE, QcInputs
 from biojepa.report.figures import number
@@ -48,7 +49,7 @@ def build_qc_report(inputs: QcInputs) -> str:
         qc_columns=list(inputs.qc.columns),
         qc_rows=table_rows(inputs.qc),
         shown=min(len(inputs.perturbations), MAX_ROWS),
-        settings=json.dumps(dict(inputs.settings), indent=2, sort_keys=True, default=str, ensure_ascii=False),
+        settings=json.dumps(settings_used(inputs), indent=2, sort_keys=True, default=str, ensure_ascii=False),
         provenance=key_values(dict(inputs.provenance)),
         data=embedded_json({"figures": figure_data(drawn), "rows": perturbation_rows(inputs.perturbations)}),
     )  # fmt: skip
@@ -71,7 +72,8 @@ def perturbation_rows(table: pd.DataFrame) -> dict[str, Any]:
     columns = [
         _column("perturbation", "Perturbation", "text", rows["perturbation"].astype(str).tolist()),
         _column("n_cells", "Cells", "count", _numbers(rows["n_cells"])),
-        _column("n_guides", "Guides", "count", _numbers(rows["n_guides"])),
+        # No guide at all is a screen that came with labels.
+        _column("n_guides", "Guides", "count", _numbers(rows["n_guides"].where(rows["n_guides"] > 0))),
         _targets(rows, "on_target_log2fc", "Target, log2 FC", lambda value: format_number(value, 2)),
         _column("effect_size", "Effect size", "number", _numbers(rows["effect_size"])),
         _column("effect_q", "q", "p", _numbers(rows["effect_q"])),
@@ -85,6 +87,22 @@ def perturbation_rows(table: pd.DataFrame) -> dict[str, Any]:
         "flags": [name.replace("_", " ") for name, _ in count_flags(rows)],
         "total": len(table),
     }
+
+
+def settings_used(inputs: QcInputs) -> dict[str, Any]:
+    """Return the settings without those of guide assignment that its rule does not look at."""
+    settings, rule = dict(inputs.settings), inputs.assignment
+    if rule is None:
+        return settings
+    del settings["guide_assignment"]
+    if len(inputs.guide_calls):
+        used: dict[str, Any] = {"method": rule.method, "min_umis": rule.min_umis, "min_share": rule.share}
+        if rule.method != DOMINANCE:
+            used["max_guides"] = rule.max_guides
+        if rule.method == MIXTURE:
+            used["min_posterior"] = rule.min_posterior
+        settings["guide_assignment"] = used
+    return settings
 
 
 def _numbers(values: pd.Series) -> list[float | None]:

@@ -296,9 +296,9 @@ def _disagreement(inputs: QcInputs) -> list[Warned]:
     text = f"Guides of {plural(len(names), 'perturbation')} disagree: {names_of(names)}."
     if inputs.guides is not None:
         odd = inputs.guides[has_flag(inputs.guides, contracts.DISCORDANT)]
-        odd = odd.sort_values(["q", "guide_id"], kind="stable")["guide_id"]
         if len(odd):
-            text = text[:-1] + f". Unlike their siblings: {names_of(odd, SHOWN_GUIDES)}."
+            named = odd.sort_values(["q", "guide_id"], kind="stable")["guide_id"]
+            text += f" Unlike their siblings: {names_of(named, SHOWN_GUIDES)}."
     return [Warned(text, "They may hit something else, or not work.")]
 
 

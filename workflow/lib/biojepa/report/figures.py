@@ -118,6 +118,12 @@ def evenly(table: pd.DataFrame, limit: int) -> pd.DataFrame:
     return table.iloc[np.linspace(0, len(table) - 1, limit).round().astype(int)]
 
 
+def from_zero(highest: float) -> list[float]:
+    """Return the range of an axis that begins at 0, with room so that points at 0 are drawn whole."""
+    highest = max(float(highest), 1.0)
+    return [float(f"{-0.04 * highest:.4g}"), float(f"{1.08 * highest:.4g}")]
+
+
 def line(value: float, axis: str, dash: str = "dot", color: str = "@ink") -> Spec:
     """Return a straight line across the plot at ``value`` of the x or y axis."""
     across = {"x0": value, "x1": value, "y0": 0, "y1": 1, "yref": "paper"}

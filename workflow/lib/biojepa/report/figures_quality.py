@@ -10,12 +10,16 @@ import pandas as pd
 
 from biojepa import contracts
 from biojepa.labels import perturbation_of
-from biojepa.report.figures import MAX_POINTS, Caption, Figure, escape, evenly, line, numbers
+from biojepa.report.figures import MAX_POINTS, Caption, Figure, escape, evenly, from_zero, line, numbers
 from biojepa.report.inputs import ReportInputs
 from biojepa.report.tables import format_count, format_percent
 
 # Letters of a threshold beside its bar.
 MAX_RULE = 40
+# A target has moved from this p and this change on; smaller p than the last are drawn there.
+MOVED_P, MOVED_LOG2FC, SMALLEST_P = 0.05, 0.25, 1e-50
+# Targets named in their figure.
+NAMED_TARGETS = 5
 
 
 def quality_figures(inputs: ReportInputs) -> list[Figure]:
@@ -177,15 +181,17 @@ def on_target_points(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["perturbation", "gene", "log2fc", "p"])
 
 
-def on_target_figure(table: pd.DataFrame, limit: int = MAX_POINTS) -> Figure | None:
-    """Draw the change of at most ``limit`` measured targets against p, as in ``perturbations.tsv``."""
+def on_target_figure(table: pd.DataFrame, limit: int = MAX_POINTS, expected: str = "") -> Figure | None:
+    """Draw the change of at most ``limit`` measured targets against p, as in ``perturbations.tsv``.
+
+    ``expected`` is ``down`` or ``up`` where the type of perturbation says what targets should do.
+    """
     points = on_target_points(table)
     if points.empty:
         return None
-    smallest = 1e-50
-    height = [-math.log10(max(p, smallest)) if not math.isnan(p) else 0.0 for p in points["p"]]
-    threshold = 0.05
-    clear = (points["p"] < threshold) & (points["log2fc"].abs() >= 0.25)
+    height = [-math.log10(max(p, SMALLEST_P)) if not math.isnan(p) else 0.0 for p in points["p"]]
+    points = points.assign(height=height)
+    clear = (points["p"] < MOVED_P) & (points["log2fc"].abs() >= MOVED_LOG2FC)
     drawn = np.isin(np.arange(len(points)), evenly(points, limit).index)
     data = []
     for chosen, name, color in ((clear, "moved", "@main"), (~clear, "not clearly moved", "@negative")):
@@ -207,24 +213,57 @@ def on_target_figure(table: pd.DataFrame, limit: int = MAX_POINTS) -> Figure | N
                 "<br>−log10 p %{y:.1f}<extra></extra>",
             }
         )  # fmt: skip
-    down = float((points["log2fc"] < 0).mean())
+    down, up = int((points["log2fc"] < 0).sum()), int((points["log2fc"] > 0).sum())
+    cut = int((points["p"] < SMALLEST_P).sum())
+    read = {
+        "down": "Targets should lie to the left, repressed. A perturbation near 0 may not work.",
+        "up": "Targets should lie to the right, activated. A perturbation near 0 may not work.",
+    }
     caption = Caption(
         title="On-target effect",
         shows="Change of the perturbed gene itself against control cells, for genes that were measured.",
-        read="Knock-down lies to the left, activation to the right. A guide near 0 may not work.",
-        n=f"{format_count(len(points))} measured targets, {format_percent(down)} of them down; at most "
-        f"{format_count(limit)} drawn",
-        thresholds=f"moved: p < {threshold:g} (rank test, not corrected) and |log2 fold change| ≥ 0.25",
+        read=read.get(
+            expected,
+            "Knock-down lies to the left, activation to the right. A perturbation near 0 may not work.",
+        ),
+        n=f"{format_count(len(points))} measured target{'' if len(points) == 1 else 's'}, "
+        f"{format_count(down)} down and {format_count(up)} up"
+        + (f"; at most {format_count(limit)} drawn" if len(points) > limit else ""),
+        thresholds=f"moved: p < {MOVED_P:g} (rank test, not corrected) and |log2 fold change| ≥ "
+        f"{MOVED_LOG2FC:g} (dotted)"
+        + (f"; {format_count(cut)} with p below 10⁻⁵⁰ drawn at 50" if cut else ""),
         misleads="A knock-out can leave the transcript untouched and still remove the protein. p depends on "
         "the number of cells. Genes outside the measured panel are not shown.",
     )
     layout = {
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         "xaxis": {"title": {"text": "log2 fold change of the target"}},
-        "yaxis": {"title": {"text": "−log10 p"}, "rangemode": "tozero"},
-        "shapes": [line(0, "x"), line(-math.log10(threshold), "y")],
+        "yaxis": {"title": {"text": "−log10 p"}, "range": from_zero(max(height))},
+        "shapes": [
+            line(0, "x", dash="solid", color="@rule"),
+            *(line(value, "x") for value in (-MOVED_LOG2FC, MOVED_LOG2FC)),
+            line(-math.log10(MOVED_P), "y"),
+        ],
+        "annotations": _target_names(points[clear & drawn]),
     }
     return Figure("on-target", {"": {"data": data, "layout": layout}}, caption, height=360)
+
+
+def _target_names(points: pd.DataFrame) -> list[dict[str, Any]]:
+    """Name the targets that changed most, a little off their points, to the side that has room."""
+    order = points["log2fc"].abs().sort_values(ascending=False, kind="stable").index
+    notes = []
+    for row in points.loc[order[:NAMED_TARGETS]].to_dict("records"):
+        left = row["log2fc"] < 0
+        notes.append(
+            {
+                "x": numbers([row["log2fc"]], 4)[0], "y": numbers([row["height"]], 4)[0],
+                "text": escape(row["gene"]), "showarrow": False,
+                "font": {"size": 11, "color": "@ink"},
+                "xanchor": "left" if left else "right", "xshift": 7 if left else -7,
+            }
+        )  # fmt: skip
+    return notes
 
 
 def effect_figure(table: pd.DataFrame, limit: int = MAX_POINTS) -> Figure | None:
