@@ -129,6 +129,8 @@ def _histogram(bins: pd.DataFrame, rows: pd.DataFrame, unit: str, logged: bool) 
     own = [bins["cells"] - layers[1][1], bins["cells_low_quality"], bins["cells_kept"]]
     data = []
     for (name, cells, color), part in zip(layers, own, strict=True):
+        if name != "kept" and not part.any():
+            continue
         x, y = _steps(bins, cells)
         data.append(
             {

@@ -156,7 +156,7 @@ def _cells_figure(inputs: QcInputs) -> Figure:
             **({} if len(rows) <= MAX_BARS else log_axis(rows["n_cells"].min(), rows["n_cells"].max())),
             "title": {"text": "cells"},
         },
-        "shapes": shapes,
+        "shapes": [{**shape, "layer": "above"} for shape in shapes],
     }
     caption = Caption(
         title="Cells per perturbation",
@@ -273,10 +273,11 @@ def changed_genes(table: pd.DataFrame) -> Figure | None:
     if rows.empty:
         return None
     none = int((rows["n_deg"] == 0).sum())
+    low, high = from_zero(rows["n_deg"].max())
     layout = {
         "legend": LEGEND,
         **_across(rows, "by number of changed genes"),
-        "yaxis": {"title": {"text": "changed genes"}, "range": from_zero(rows["n_deg"].max())},
+        "yaxis": {"title": {"text": "changed genes"}, "range": [0 if len(rows) <= MAX_BARS else low, high]},
     }
     caption = Caption(
         title="Changed genes",
@@ -303,10 +304,10 @@ def _responding_figure(table: pd.DataFrame) -> Figure | None:
         **_across(rows, "by share of responding cells"),
         "yaxis": {
             "title": {"text": "cells that respond"},
-            "range": [-0.02, 1.05],
+            "range": [0 if len(rows) <= MAX_BARS else -0.04, 1.05],
             "tickformat": ".0%",
         },
-        "shapes": [line(0.5, "y")],
+        "shapes": [{**line(0.5, "y"), "layer": "above"}],
     }
     caption = Caption(
         title="Cells that respond",

@@ -250,17 +250,16 @@ def on_target_figure(table: pd.DataFrame, limit: int = MAX_POINTS, expected: str
 
 
 def _target_names(points: pd.DataFrame) -> list[dict[str, Any]]:
-    """Name the targets that changed most, a little off their points, to the side that has room."""
+    """Name the targets that changed most, above their points."""
     order = points["log2fc"].abs().sort_values(ascending=False, kind="stable").index
     notes = []
     for row in points.loc[order[:NAMED_TARGETS]].to_dict("records"):
-        left = row["log2fc"] < 0
         notes.append(
             {
                 "x": numbers([row["log2fc"]], 4)[0], "y": numbers([row["height"]], 4)[0],
                 "text": escape(row["gene"]), "showarrow": False,
                 "font": {"size": 11, "color": "@ink"},
-                "xanchor": "left" if left else "right", "xshift": 7 if left else -7,
+                "yanchor": "bottom", "yshift": 4,
             }
         )  # fmt: skip
     return notes
@@ -296,8 +295,8 @@ def effect_figure(table: pd.DataFrame, limit: int = MAX_POINTS) -> Figure | None
         title="Size of the effect",
         shows="Energy distance (unbiased) between the cells of a perturbation and control cells.",
         read="Open circles could not be told from control; no model can be asked to predict them.",
-        n=f"{format_count(clear.sum())} of {format_count(len(rows))} have a detectable effect; at most "
-        f"{format_count(limit)} of each kind drawn",
+        n=f"{format_count(clear.sum())} of {format_count(len(rows))} have a detectable effect"
+        + (f"; at most {format_count(limit)} of each kind drawn" if len(rows) > limit else ""),
         thresholds="q < 0.05, permutation test, Benjamini–Hochberg over perturbations",
         misleads="More cells make a smaller effect detectable. This describes the whole screen, held-out "
         "cells included; nothing in it is used in training.",
