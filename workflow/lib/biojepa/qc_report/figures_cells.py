@@ -285,8 +285,8 @@ def _classes_figure(table: pd.DataFrame, rule: GuideAssignment | None) -> Figure
     counted, misleads = bool(table["n_guides"].notna().all()), ""
     if not counted:
         misleads = (
-            f"“{unclear}”: less than that share of their guide UMIs on one guide: another guide, "
-            "or much ambient RNA. How many guides they have is not counted."
+            f"“{unclear}”: of the guide UMIs of the cell. The others are of another guide, "
+            "or ambient RNA. How many guides such a cell has is not counted."
         )
     elif rule and rule.method == MIXTURE:
         misleads = "A cell with a called guide can still have none that stands out of its background."

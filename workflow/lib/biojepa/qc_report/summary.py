@@ -180,7 +180,7 @@ def _absent_guides(calls: pd.DataFrame) -> list[Warned]:
         found.append(
             Warned(
                 f"{names_of(lost)} {'has' if len(lost) == 1 else 'have'} no cell: {left}.",
-                "No guide of such a target was given to a cell: missing from the library, or spelt differently "
+                "No guide of such a target was given to a cell: missing from the library, or spelt otherwise "
                 "in the reference.",
             )
         )
