@@ -34,6 +34,8 @@ def make_perturbations(n: int = 30, seed: int = 0) -> pd.DataFrame:
             "effect_p": q / 2,
             "effect_q": q,
             "n_deg": rng.integers(0, 60, n),
+            "top_gene": "AVP",
+            "top_gene_share": 0.91,
             "responding_share": np.nan,
             "flag": np.where(q < 0.05, "", "weak"),
         }

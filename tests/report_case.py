@@ -118,6 +118,8 @@ def make_perturbations(rng: np.random.Generator, names: list[str]) -> pd.DataFra
             "effect_p": 0.01,
             "effect_q": np.where(rng.uniform(size=n) < 0.7, 0.01, 0.4),
             "n_deg": rng.integers(0, 160, n),
+            "top_gene": "AVP",
+            "top_gene_share": 0.91,
             "responding_share": np.nan,
             "flag": ["weak;one_guide" if k % 5 == 0 else None for k in range(n)],
         }

@@ -419,6 +419,24 @@ def test_changed_genes_agree_with_welch_where_the_variances_are_equal_or_larger(
     assert found == {"A": expected}
 
 
+def test_the_most_changed_gene_has_its_share_of_the_squared_change():
+    result = preprocess_screen(toy(), SOURCE, SETTINGS)
+    table = result.perturbations.set_index("perturbation")
+    dense = pd.DataFrame(
+        result.cells.X.toarray().astype(float), index=result.cells.obs["perturbation"].astype(str)
+    )
+    mean = dense.groupby(level=0).mean()
+    known = table.index[table["n_deg"] > 0]
+    assert len(known)
+    for name in known:
+        square = ((mean.loc[name] - mean.loc["control"]) ** 2).to_numpy()
+        # Of these strong effects, the gene that changed most is one of the significant ones.
+        assert table.loc[name, "top_gene"] == result.cells.var_names[square.argmax()]
+        assert table.loc[name, "top_gene_share"] == pytest.approx(square.max() / square.sum(), rel=1e-6)
+    none = table[table["n_deg"] == 0]
+    assert (none["top_gene"] == "").all() and none["top_gene_share"].isna().all()
+
+
 def test_genes_missed_by_chance_do_not_count_as_changed():
     rng = np.random.default_rng(7)
     expression = sparse.csr_matrix((rng.random((1040, 400)) < 0.02).astype(float))

@@ -261,6 +261,15 @@ def test_settings_and_captions_are_those_of_the_rule_of_guides(inputs: QcInputs)
     assert settings_used(mixture)["guide_assignment"] == {**section, "method": "mixture", "min_share": 0.6}
 
 
+def test_the_most_changed_gene_is_shown_with_its_share(inputs: QcInputs) -> None:
+    table = inputs.perturbations.assign(
+        top_gene=["AVP", *[None] * 29], top_gene_share=[0.914, *[np.nan] * 29]
+    )
+    columns = {column["key"]: column for column in perturbation_rows(table)["columns"]}
+    assert columns["top_gene_share"]["shown"] == ["AVP 91\u202f%", *["–"] * 29]
+    assert columns["top_gene_share"]["values"] == [0.914, *[None] * 29]
+
+
 def test_guides_that_are_not_known_are_missing(inputs: QcInputs) -> None:
     columns = perturbation_rows(inputs.perturbations.assign(n_guides=[0] * 29 + [3]))["columns"]
     guides = next(column for column in columns if column["key"] == "n_guides")

@@ -58,6 +58,8 @@ PERTURBATION_TABLE_COLUMNS = (
     "effect_p",
     "effect_q",
     "n_deg",
+    "top_gene",
+    "top_gene_share",
     "responding_share",
     "flag",
 )

@@ -79,7 +79,7 @@ class Effects:
     """
 
     def __init__(self, obs: pd.DataFrame, genes: pd.Index, settings: PreprocessSettings) -> None:
-        self._obs, self._settings = obs, settings
+        self._obs, self._genes, self._settings = obs, genes, settings
         # Cells of each perturbation, and of the control.
         self.rows = group_by_label(obs[PERTURBATION])
         self.control = self.rows.pop(CONTROL)
@@ -140,6 +140,7 @@ class Effects:
             genes = genes_of(name)
             changes = [self.target.change(gene, rows) for gene in genes]
             size, p = sizes[name]
+            top, share = self._changed.top.get(name, (None, np.nan))
             table.append(
                 {
                     PERTURBATION: name,
@@ -154,6 +155,8 @@ class Effects:
                     "effect_p": p,
                     "effect_q": q,
                     "n_deg": degs[name],
+                    "top_gene": "" if top is None else str(self._genes[top]),
+                    "top_gene_share": share,
                     "responding_share": np.nan,
                     "flag": JOIN.join(_flags(q, len(named), changes, kinds[rows[0]])),
                 }
@@ -549,6 +552,9 @@ class ChangedGenes:
             self._owner[rows] = code
         self._reference: tuple[np.ndarray, np.ndarray, int] | None = None
         self.found: dict[str, int] = {}
+        # Of labels with a changed gene: the column of the one that changed most, and its share of the squared
+        # change of all genes.
+        self.top: dict[str, tuple[int, float]] = {}
         self._begin(0)
 
     def _begin(self, first: int) -> None:
@@ -584,7 +590,13 @@ class ChangedGenes:
             if self._reference is None:
                 self._reference = moments
             else:
-                self.found[self._names[code - 1]] = _significant_genes(moments, self._reference)
+                changed = _significant_genes(moments, self._reference)
+                name = self._names[code - 1]
+                self.found[name] = int(changed.sum())
+                if changed.any():
+                    square = (moments[0] - self._reference[0]) ** 2
+                    top = int(np.argmax(np.where(changed, square, -1.0)))
+                    self.top[name] = (top, float(square[top] / square.sum()))
         self._begin(self._end)
 
     def count(self, expression: RowBlocks) -> dict[str, int]:
@@ -611,13 +623,13 @@ def _moments(total: np.ndarray, square: np.ndarray, n: int) -> tuple[np.ndarray,
 
 def _significant_genes(
     perturbed: tuple[np.ndarray, np.ndarray, int], control: tuple[np.ndarray, np.ndarray, int]
-) -> int:
-    """Count the genes that differ between two groups of cells, given by their moments."""
+) -> np.ndarray:
+    """Tell which genes differ between two groups of cells ``(genes,)``, given by their moments."""
     (mean, sd, n), (mean_c, sd_c, n_c) = perturbed, control
     with np.errstate(divide="ignore", invalid="ignore"):
         p = ttest_ind_from_stats(mean, np.maximum(sd, sd_c), n, mean_c, sd_c, n_c, equal_var=False).pvalue
     # A gene that varies in neither group has no t.
-    return int((false_discovery_control(np.nan_to_num(p, nan=1.0)) < SIGNIFICANT).sum())
+    return np.asarray(false_discovery_control(np.nan_to_num(p, nan=1.0)) < SIGNIFICANT)
 
 
 def weak_guides(obs: pd.DataFrame, target: TargetExpression) -> set[str]:

@@ -15,7 +15,7 @@ from biojepa.report.figures import number
 from biojepa.report.figures_quality import funnel_figure, split_values
 from biojepa.report.methods import key_values
 from biojepa.report.page import count_flags, embedded_json, environment, figure_data, table_rows
-from biojepa.report.tables import MISSING, format_count, format_number
+from biojepa.report.tables import MISSING, format_count, format_number, format_percent
 
 FOLDER = Path(__file__).parent
 # Rows of the table; of a larger screen, those with the strongest effects. All are in perturbations.tsv.
@@ -78,6 +78,7 @@ def perturbation_rows(table: pd.DataFrame) -> dict[str, Any]:
         _column("effect_size", "Effect size", "number", _numbers(rows["effect_size"])),
         _column("effect_q", "q", "p", _numbers(rows["effect_q"])),
         _column("n_deg", "Changed genes", "count", _numbers(rows["n_deg"])),
+        _top_genes(rows),
     ]
     if rows[RESPONDING_SHARE].notna().any():
         columns.append(_column(RESPONDING_SHARE, "Responding", "percent", _numbers(rows[RESPONDING_SHARE])))
@@ -111,6 +112,16 @@ def _numbers(values: pd.Series) -> list[float | None]:
 
 def _column(key: str, title: str, kind: str, values: list[Any]) -> dict[str, Any]:
     return {"key": key, "title": title, "kind": kind, "values": values}
+
+
+def _top_genes(rows: pd.DataFrame) -> dict[str, Any]:
+    """Return the gene that changed most and its share of the squared change, by which the column sorts."""
+    shown = [
+        MISSING if pd.isna(share) else f"{gene} {format_percent(share)}"
+        for gene, share in zip(rows["top_gene"], rows["top_gene_share"], strict=True)
+    ]
+    values = _numbers(rows["top_gene_share"])
+    return {**_column("top_gene_share", "Most changed", "percent", values), "shown": shown}
 
 
 def _targets(rows: pd.DataFrame, key: str, title: str, told: Any) -> dict[str, Any]:
