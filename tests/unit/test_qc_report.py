@@ -235,6 +235,14 @@ def test_targets_are_named_and_told_by_the_type_of_perturbation(inputs: QcInputs
     assert low < 0 and high > 50
 
 
+def test_names_of_targets_do_not_lie_upon_each_other(inputs: QcInputs) -> None:
+    table = inputs.perturbations.assign(
+        on_target_log2fc=["-2.0", "-1.99", "-1.5", *["-0.5"] * 27], on_target_p="1e-60"
+    )
+    found = figures_perturbations.on_target_figure(table)
+    assert [note["x"] for note in found.spec["layout"]["annotations"]] == [-2.0, -1.5, -0.5]
+
+
 def test_settings_and_captions_are_those_of_the_rule_of_guides(inputs: QcInputs) -> None:
     section = {"method": "dominance", "min_umis": 5, "min_share": None, "max_guides": 2, "min_posterior": 0.5}
     table = pd.DataFrame(

@@ -18,8 +18,9 @@ from biojepa.report.tables import format_count, format_percent
 MAX_RULE = 40
 # A target has moved from this p and this change on; smaller p than the last are drawn there.
 MOVED_P, MOVED_LOG2FC, SMALLEST_P = 0.05, 0.25, 1e-50
-# Targets named in their figure.
+# Targets named in their figure, and the room of a name as shares of the axes.
 NAMED_TARGETS = 5
+NAME_WIDTH, NAME_HEIGHT = 0.09, 0.07
 
 
 def quality_figures(inputs: ReportInputs) -> list[Figure]:
@@ -250,10 +251,18 @@ def on_target_figure(table: pd.DataFrame, limit: int = MAX_POINTS, expected: str
 
 
 def _target_names(points: pd.DataFrame) -> list[dict[str, Any]]:
-    """Name the targets that changed most, above their points."""
+    """Name the targets that changed most, above their points, but none where another name stands."""
     order = points["log2fc"].abs().sort_values(ascending=False, kind="stable").index
-    notes = []
+    notes: list[dict[str, Any]] = []
+    width = NAME_WIDTH * max(np.ptp(points["log2fc"]), MOVED_LOG2FC) if len(points) else 0.0
+    height = NAME_HEIGHT * points["height"].max() if len(points) else 0.0
     for row in points.loc[order[:NAMED_TARGETS]].to_dict("records"):
+        taken = [
+            abs(note["x"] - row["log2fc"]) < width and abs(note["y"] - row["height"]) < height
+            for note in notes
+        ]
+        if any(taken):
+            continue
         notes.append(
             {
                 "x": numbers([row["log2fc"]], 4)[0], "y": numbers([row["height"]], 4)[0],
