@@ -235,20 +235,6 @@ def test_counts_that_may_lie_elsewhere_are_noted(folder):
     assert notes[0] == "raw counts are looked for in X first, then in counts, when values are read"
 
 
-def test_what_preprocess_will_warn_of_is_noted(folder):
-    """A depth that may be of a panel, and a mitochondrial share of too few genes; a column answers each."""
-    screen = ad.read_h5ad("screen.h5ad")
-    names = screen.var_names.tolist()
-    screen.var_names = [*names[:-2], "MT-ND1", "MT-CO1"]
-    screen.obs["umis"], screen.obs["mito"] = 1e6, 0.05
-    screen.write_h5ad("screen.h5ad")
-    panel, mito = check_config(config())["datasets"]["mine"]["notes"]
-    assert panel.startswith(f"depth is the sum over {screen.n_vars} genes; if the matrix is part")
-    assert "2 MT- genes (MT-ND1, MT-CO1), of which 5 are needed" in mito
-    write_table(library_size_column="umis", mito_column="mito")
-    assert check_config(config())["datasets"]["mine"]["notes"] == []
-
-
 def test_all_problems_are_told_at_once(folder, capsys):
     label = labels()
     label[label == "GATA1g1"] = "GATA1+odd"

@@ -24,14 +24,12 @@ from biojepa.preprocess.annotate import (
     CellSums,
     batches_of,
     cell_types_of,
-    few_mito_genes,
     guide_targets,
     is_mitochondrial,
     label_cells,
     library_sizes,
     mitochondrial_percent,
     needs_guide_counts,
-    panel_note,
 )
 from biojepa.preprocess.cell_labels import other_controls, unsplit_labels
 from biojepa.preprocess.quality import Funnel, filter_small_perturbations
@@ -118,22 +116,13 @@ def look_at_screen(config: Config, dataset: str, problems: Problems) -> Screen:
                 "cells": opened.n_cells,
                 "genes": len(opened.var),
                 "guides": 0 if opened.guide_names is None else len(opened.guide_names),
-                "notes": [*opened.notes, *_doubts(opened, source)],
+                "notes": list(opened.notes),
                 "left_out": {why: n for n, why in opened.left_out.values()},
             }
             _look_at_cells(opened, source, settings, dataset, screen, problems)
     if screen.obs is None and screen.facts.get("labels_from") in (None, COUNTS):
         _from_earlier_run(dataset, screen, problems)
     return screen
-
-
-def _doubts(opened: RawScreen, source: ScreenSource) -> list[str]:
-    """Return what preprocess will warn of: depth of a panel, a mitochondrial share of few genes."""
-    found = [panel_note(opened, source)]
-    # A screen without any mitochondrial gene leaves nothing to be misread.
-    if is_mitochondrial(opened).any():
-        found.append(few_mito_genes(opened, source))
-    return [note for note in found if note]
 
 
 def _look_at_cells(

@@ -9,13 +9,12 @@ from typing import Any
 
 from biojepa.check.screen import CALLS, COUNTS, EARLIER, LABELS, LISTED, UNKNOWN
 from biojepa.download.disk import size_text
+from biojepa.preprocess.annotate import MIN_MITO_GENES, PANEL_GENES
 
 WIDTH = 100
 # Rules of the target at which a new screen is looked at first.
 TO_PREPROCESSED = frozenset(("download", "unpack", "unpack_file", "simulate", "preprocess", "qc_report"))
 MARK = " (of an earlier run)"
-# Whole transcriptomes have more genes in a file, and man and mouse have 13 mitochondrial genes of proteins.
-PANEL, FEWEST_MITOCHONDRIAL = 10_000, 10
 
 
 def as_text(report: Mapping[str, Any]) -> str:
@@ -103,7 +102,7 @@ def _depth(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts["depth_from"]:
         yield f"depth: column {facts['depth_from']}"
     else:
-        panel = "; a panel? then name `library_size_column`" if facts["genes"] < PANEL else ""
+        panel = "; a panel? then name `library_size_column`" if facts["genes"] < PANEL_GENES else ""
         yield f"depth: sum over {genes}{panel}"
     found = facts["mito_genes"]
     if facts["mito_from"]:
@@ -111,7 +110,7 @@ def _depth(facts: Mapping[str, Any]) -> Iterator[str]:
     elif not found:
         yield f"mitochondria: no MT- gene of {genes}, so no share; name `mito_column` if there is one"
     else:
-        few = len(found) < FEWEST_MITOCHONDRIAL and facts["genes"] < PANEL
+        few = len(found) < MIN_MITO_GENES
         fix = f" ({_names(found)}): too few for a share; name `mito_column`" if few else ""
         yield f"mitochondria: {len(found)} MT- gene{'s' if len(found) > 1 else ''} of {genes}{fix}"
 

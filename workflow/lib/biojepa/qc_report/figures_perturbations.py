@@ -317,7 +317,8 @@ def _responding_figure(table: pd.DataFrame) -> Figure | None:
         n=f"{format_count(len(rows))} of {format_count(len(table))} perturbations, median "
         + format_percent(rows[RESPONDING_SHARE].median()),
         thresholds="a cell responds from a posterior of 0.5 on; perturbations are left out whose responding "
-        "cells overlap too much with control to be told apart, and those without a detectable effect",
+        "cells overlap too much with control to be told apart, and those without a detectable effect or with "
+        "fewer than five changed genes",
         misleads="A weak effect that all cells share looks like a strong one that few have.",
     )
     hover = "%{y:.0%} of %{customdata[1]} cells respond"
