@@ -94,7 +94,8 @@ class Pipeline:
             if source.is_dir():
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             else:
-                shutil.copy(source, target)
+                # With its time: a newer file would make Snakemake run what reads it again.
+                shutil.copy2(source, target)
         return folder
 
     def run(
