@@ -352,6 +352,26 @@ def test_papalexi_agrees_with_dominance_and_targets_go_down_as_much(papalexi):
     assert both.sum() > 17_000
     assert (one["guide_id"] == other["guide_id"])[both].mean() > 0.999
     guides = calls["mixture"].guides.set_index("guide")
+    # With these settings both ask for 60 % of the UMIs on one guide, so they can hardly name two. Without that
+    # share and with any number of guides, it is the fitted thresholds alone that call.
+    free = GuideAssignment(method="mixture", min_share=0, max_guides=len(names))
+    fitted = call_guides(screen.obsm[GUIDE_COUNTS], names, targets, free)
+    counts = screen.obsm[GUIDE_COUNTS].toarray()
+    counts[counts < fitted.guides["threshold"].to_numpy()] = 0
+    top_called = np.array(names)[counts.argmax(axis=1)]
+    by_mixture, by_dominance = counts.any(axis=1), (one["status"] == "assigned").to_numpy()
+    assert (by_mixture == (fitted.cells["status"] == "assigned")).all()
+    called_by_both = by_mixture & by_dominance
+    same = (top_called == one["guide_id"])[called_by_both].mean()
+    alone = (by_dominance & ~by_mixture).mean(), (by_mixture & ~by_dominance).mean()
+    print(
+        f"top guide the same {same:.4f}; of all cells, dominance alone {alone[0]:.4f}, mixture {alone[1]:.4f}"
+    )
+    assert called_by_both.mean() > 0.9
+    assert same >= 0.95
+    assert alone[0] < 0.01
+    assert alone[1] == pytest.approx(0.081, abs=0.01)
+
     # Hardly a cell of the screen carries one of these.
     assert guides.index[guides["fallback"] != ""].tolist() == [
         "PDL1g1",
