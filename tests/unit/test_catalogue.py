@@ -151,7 +151,7 @@ def test_a_row_without_source_completes_a_public_screen_and_its_fields_win(folde
     write_table(folder, "dataset\tbatch_column\tlabel_pattern\npapalexi2021\tlane\t\n")
     config = load("papalexi2021")
     row = config.source("papalexi2021").row
-    assert (row["batch_column"], row["label_pattern"]) == ("lane", "g[1-4]$")
+    assert (row["batch_column"], row["label_pattern"]) == ("lane", "g[0-9]+$")
     assert row["source"] == CATALOGUE["papalexi2021"].row["source"]
     assert config.notes == (
         "config/datasets.tsv, row papalexi2021: has no source, so it is papalexi2021 of the catalogue, and "
@@ -214,3 +214,20 @@ def test_the_manual_lists_every_public_screen_with_its_size_and_how_it_is_told()
         cells = entry.descriptions["cells"]
         assert not cells or f"{int(cells):,}" in rows[name]
         assert (entry.descriptions["gigabytes"] or "–") in rows[name]
+
+
+def test_papalexi_labels_of_every_guide_of_the_screen_become_its_target(real_data):
+    """Control guides go up to g10, and a gene may end in a number before the g."""
+    with (real_data / "papalexi2021_10x" / "guides.csv").open(encoding="utf-8", newline="") as file:
+        target = {row["guide"]: row["target"] for row in csv.DictReader(file)}
+    row = CATALOGUE["papalexi2021"].row
+    controls = control_names(row.get("control_label", ""))
+    found = {
+        guide: normalize_label(guide, row.get("separator", ""), controls, row["label_pattern"])
+        for guide in target
+    }
+    assert len(found) == 110
+    assert found["NTg10"] == "control"
+    # A label without a table of guides is what the guide is called, not the symbol of the gene.
+    called = {"non-targeting": "control", "CD274": "PDL1"}
+    assert found == {guide: called.get(name, name) for guide, name in target.items()}

@@ -352,8 +352,8 @@ def test_papalexi_agrees_with_dominance_and_targets_go_down_as_much(papalexi):
     assert both.sum() > 17_000
     assert (one["guide_id"] == other["guide_id"])[both].mean() > 0.999
     guides = calls["mixture"].guides.set_index("guide")
-    # With these settings both ask for 60 % of the UMIs on one guide, so they can hardly name two. Without that
-    # share and with any number of guides, it is the fitted thresholds alone that call.
+    # With these settings both ask for 60 % of the UMIs on one guide, so they can hardly name two. Without
+    # that share and with any number of guides, it is the fitted thresholds alone that call.
     free = GuideAssignment(method="mixture", min_share=0, max_guides=len(names))
     fitted = call_guides(screen.obsm[GUIDE_COUNTS], names, targets, free)
     counts = screen.obsm[GUIDE_COUNTS].toarray()
