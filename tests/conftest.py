@@ -8,7 +8,7 @@ import pytest
 from filelock import FileLock
 
 from biojepa.raw import ScreenSource
-from workflow_case import REPO, Pipeline
+from workflow_case import REPO, Pipeline, missing_data
 
 DATA_VARIABLE = "BIOJEPA_TEST_DATA"
 
@@ -24,7 +24,7 @@ def real_data() -> Path:
     named = os.environ.get(DATA_VARIABLE)
     folder = Path(named) if named else REPO.parent / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip(f"no real screens in {folder}; name their folder in {DATA_VARIABLE}")
+        missing_data(f"no real screens in {folder}; name their folder in {DATA_VARIABLE}")
     return folder
 
 

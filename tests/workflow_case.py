@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import anndata as ad
+import pytest
 import yaml
 
 REPO = Path(__file__).resolve().parents[1]
@@ -24,6 +25,16 @@ CONFIGS = REPO / "tests" / "config"
 TINY = CONFIGS / "tiny.yaml"
 RESOURCES = ("simulator.json", "catalogue.tsv", "cell_cycle_genes.tsv")
 TRACKED = ("Snakefile", "workflow", "envs", "profiles", *(f"resources/{name}" for name in RESOURCES))
+# Set where the screens have to be there, so that a run without them is no success.
+REQUIRE_DATA = "BIOJEPA_REQUIRE_DATA"
+
+
+def missing_data(message: str) -> NoReturn:
+    """Skip for lack of real screens; fail where ``BIOJEPA_REQUIRE_DATA`` says that they are there."""
+    if os.environ.get(REQUIRE_DATA):
+        pytest.fail(f"{REQUIRE_DATA} is set, but {message}")
+    pytest.skip(message)
+
 
 # The models of the default config, by who writes their predictions.
 BASELINES = (
