@@ -31,6 +31,7 @@ from biojepa.preprocess import (
 )
 from biojepa.preprocess import effects as effects_module
 from biojepa.preprocess import quality as quality_module
+from biojepa.preprocess.annotate import said_of_many_guides
 from biojepa.preprocess.cell_cycle import GENES_FILE
 from biojepa.preprocess.effects import (
     TargetExpression,
@@ -482,6 +483,30 @@ def with_guide_counts(screen, seed=9):
     screen.obsm[GUIDE_COUNTS] = sparse.csr_matrix(counts.astype(np.float32))
     screen.uns[GUIDE_NAMES] = np.array(names, dtype=object)
     return screen
+
+
+@pytest.mark.parametrize(("max_guides", "controls"), [(40, 30), (40, 0), (2, 30)])
+def test_a_screen_of_many_guides_in_each_cell_stops_and_says_so(max_guides, controls):
+    """Twelve of forty guides each: no two cells are alike, whatever is accepted."""
+    rng, screen = np.random.default_rng(3), toy()
+    names = [f"T{i}_g1" for i in range(40)] + ["NT_g1"]
+    carried = np.argsort(rng.random((screen.n_obs, 40)), axis=1)[:, :12]
+    counts = np.zeros((screen.n_obs, 41), dtype=np.float32)
+    np.put_along_axis(counts, carried, 20, axis=1)
+    counts[:controls] = 20 * (np.arange(41) == 40)
+    screen.obsm[GUIDE_COUNTS] = sparse.csr_matrix(counts)
+    screen.uns[GUIDE_NAMES] = np.array(names, dtype=object)
+    source = replace(SOURCE, perturbation_column="", label_pattern="_g1$")
+    calls = GuideAssignment(method="threshold", max_guides=max_guides)
+    with pytest.raises(InputError, match=r"median of 12 guides, and a label names .*lower .*max_guides"):
+        preprocess_screen(screen, source, replace(SETTINGS, guide_assignment=calls))
+
+
+def test_cells_of_few_guides_are_not_said_to_carry_many():
+    classes = pd.DataFrame({"status": "assigned", "n_guides": [0, 1, 2, 9], "cells": [90, 30, 40, 20]})
+    assert said_of_many_guides(classes) == said_of_many_guides(None) == ""
+    classes["cells"] = [90, 3, 4, 20]
+    assert "median of 9 guides" in said_of_many_guides(classes)
 
 
 @pytest.mark.parametrize("entries", [1, 100, 1999])

@@ -49,6 +49,13 @@ STATUS = "status"
 MIN_MITO_GENES = 5
 # A screen of fewer genes looks like a part of the transcriptome.
 PANEL_GENES = 2_000
+# From this median of called guides on, nearly every cell has a combination of its own.
+MANY_GUIDES = 3
+MANY_GUIDES_FIX = (
+    "in a screen of many guides in each cell (high multiplicity of infection), hardly two cells carry the "
+    "same: lower preprocess.guide_assignment.max_guides, which drops cells with more, or give labels in "
+    "`perturbation_column`"
+)
 
 
 @dataclass
@@ -292,16 +299,39 @@ def _from_guide_counts(
     obs[GUIDE_UMIS] = calls["guide_umis"].to_numpy()
     obs[GUIDE_SHARE] = calls["guide_share"].to_numpy()
     if not (obs[PERTURBATION] == CONTROL).any():
+        many = said_of_many_guides(called.classes)
         raise InputError(
             source.path,
-            f"no cell that carries control guides alone ({settings})",
+            f"no cell that carries control guides alone ({settings}){many}",
             "cells of an unperturbed control",
-            "loosen preprocess.guide_assignment, or check the control guides in `guide_table`",
+            MANY_GUIDES_FIX
+            if many
+            else "loosen preprocess.guide_assignment, or check the control guides in `guide_table`",
         )
     seen = {gene for label in obs[PERTURBATION].dropna().unique() for gene in genes_of(label)}
     unseen = sorted({gene for label in targets.values() for gene in genes_of(label)} - seen)
     notes = {"no_guide": f"targets without a cell: {', '.join(unseen)}"} if unseen else {}
     return CellTable(obs, "no_guide", notes, guide_calls=called.guides, guides_per_cell=called.classes)
+
+
+def said_of_many_guides(classes: pd.DataFrame | None) -> str:
+    """Say that cells carry so many guides that their labels hardly repeat; empty where they do not.
+
+    Parameters
+    ----------
+    classes
+        ``status``, ``n_guides`` and ``cells``, see :class:`biojepa.guides.GuideCalls`; None where no guides
+        were called.
+    """
+    if classes is None:
+        return ""
+    # Cells with more guides than accepted count too: they are what such a screen is made of.
+    known = classes[classes["n_guides"].fillna(0) > 0]
+    number = np.repeat(known["n_guides"].to_numpy(dtype=np.int64), known["cells"].to_numpy(dtype=np.int64))
+    if not len(number) or np.median(number) < MANY_GUIDES:
+        return ""
+    middle = np.median(number)
+    return f"; cells with a guide carry a median of {middle:g} guides, and a label names the targets of all"
 
 
 def _from_guide_calls(screen: RawScreen, source: ScreenSource, settings: GuideAssignment) -> CellTable:

@@ -20,7 +20,14 @@ from biojepa.errors import InputError
 from biojepa.guides import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES, GuideAssignment
 from biojepa.guides.settings import MIXTURE, THRESHOLD
 from biojepa.labels import genes_of
-from biojepa.preprocess.annotate import N_GENES, PCT_MITO, STATUS, CellTable
+from biojepa.preprocess.annotate import (
+    MANY_GUIDES_FIX,
+    N_GENES,
+    PCT_MITO,
+    STATUS,
+    CellTable,
+    said_of_many_guides,
+)
 from biojepa.preprocess.settings import PreprocessSettings
 from biojepa.raw.read import RawScreen
 
@@ -130,7 +137,9 @@ def filter_cells(screen: RawScreen, cells: CellTable, settings: PreprocessSettin
         funnel.drop("max_pct_mito", f"≤ {settings.max_pct_mito:g} %", mito > settings.max_pct_mito)
     _filter_by_mad(funnel, obs, settings, no_mito)
     _filter_doublets(funnel, screen, obs, settings)
-    filter_small_perturbations(funnel, obs[PERTURBATION], settings.min_cells_per_perturbation, where)
+    filter_small_perturbations(
+        funnel, obs[PERTURBATION], settings.min_cells_per_perturbation, where, cells.guides_per_cell
+    )
     return funnel
 
 
@@ -346,27 +355,37 @@ def scrublet_scores(
     return cells.obs[DOUBLET_SCORE].to_numpy(), called
 
 
-def filter_small_perturbations(funnel: Funnel, labels: pd.Series, min_cells: int, where: str) -> None:
-    """Drop perturbations with too few cells; stop when the control or all others are among them."""
+def filter_small_perturbations(
+    funnel: Funnel,
+    labels: pd.Series,
+    min_cells: int,
+    where: str,
+    guides_per_cell: pd.DataFrame | None = None,
+) -> None:
+    """Drop perturbations with too few cells; stop when the control or all others are among them.
+
+    Where that is because cells carry many guides each, which ``guides_per_cell`` tells, the message says so.
+    """
     counts = labels[funnel.keep].value_counts()
     n_control = int(counts.get(CONTROL, 0))
     others = counts.drop(CONTROL, errors="ignore")
     small = sorted(str(label) for label in others[others < min_cells].index)
     key = "preprocess.min_cells_per_perturbation"
+    many = said_of_many_guides(guides_per_cell)
     if n_control < min_cells:
         raise InputError(
             where,
-            f"{n_control} control cells after the filters",
+            f"{n_control} control cells after the filters{many}",
             f"at least {min_cells} ({key})",
-            f"loosen the filters above, correct `control_label`, or lower {key}",
+            MANY_GUIDES_FIX if many else f"loosen the filters above, correct `control_label`, or lower {key}",
         )
     if len(small) == len(others):
         most = int(others.max()) if len(others) else 0
         raise InputError(
             where,
-            f"at most {most} cells for each of {len(others)} perturbations after the filters",
+            f"at most {most} cells for each of {len(others)} perturbations after the filters{many}",
             f"at least {min_cells} cells ({key}) for some of them",
-            f"lower {key}, loosen the filters, or check `perturbation_column`",
+            MANY_GUIDES_FIX if many else f"lower {key}, loosen the filters, or check `perturbation_column`",
         )
     # Single perturbations first: those are missed, while combinations by accident are not.
     small.sort(key=lambda label: (len(genes_of(label)), label))
