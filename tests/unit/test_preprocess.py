@@ -649,6 +649,40 @@ def test_cells_are_grouped_by_label():
         np.testing.assert_array_equal(rows, np.flatnonzero(labels == name))
 
 
+def test_a_large_batch_is_scored_for_doublets_in_random_parts(monkeypatch):
+    parts = []
+
+    def score(counts, threshold, seed):
+        parts.append(counts.toarray())
+        return np.asarray(counts.sum(axis=1)).ravel(), None
+
+    monkeypatch.setattr(quality_module, "scrublet_scores", score)
+    monkeypatch.setattr(quality_module, "MAX_CELLS_FOR_DOUBLETS", 110)
+    monkeypatch.setattr(quality_module, "MIN_CELLS_FOR_DOUBLETS", 10)
+    source = replace(SOURCE, batch_column="")
+    settings = replace(SETTINGS, doublets="scrublet")
+    first = preprocess_screen(toy(), source, settings)
+    assert [len(part) for part in parts] == [100, 100, 100]
+    # Every cell in one part, and the parts are no runs of cells: they hold perturbations alike.
+    counts = toy().X.toarray()
+    found = np.concatenate(parts)
+    assert sorted(map(tuple, found)) == sorted(map(tuple, counts))
+    controls = {tuple(row) for row in counts[:100]}
+    assert all(20 < sum(tuple(row) in controls for row in part) < 47 for part in parts)
+    cells = first.cells
+    assert (
+        cells.obs["doublet_score"].tolist()
+        == counts.sum(axis=1)[cells.obs_names.str[1:].astype(int)].tolist()
+    )
+    note = row(first.qc, "filter", "doublets")["note"]
+    assert "batch all scored in 3 random parts (more than 110 cells)" in note
+    assert "no threshold found in batch all, part 3" in note
+    parts.clear()
+    again = preprocess_screen(toy(), source, settings)
+    np.testing.assert_array_equal(np.concatenate(parts), found)
+    pd.testing.assert_frame_equal(again.cells.obs, cells.obs)
+
+
 def test_scrublet_finds_planted_doublets():
     rng = np.random.default_rng(8)
     kinds = rng.gamma(0.5, 4.0, (2, 60))

@@ -38,6 +38,8 @@ OFF = "off"
 LIMIT_COLUMNS = ("metric", "batch", "limit_low", "limit_high")
 # Scrublet needs neighbourhoods; below this a batch is left alone.
 MIN_CELLS_FOR_DOUBLETS = 100
+# A larger batch is dealt at random into parts, each scored on its own, so that memory and time are bounded.
+MAX_CELLS_FOR_DOUBLETS = 50_000
 # Entries of the batches that are read together: 0.3 GB.
 BATCH_ENTRIES = 1 << 25
 # Most variable genes in which doublets are looked for.
@@ -265,20 +267,29 @@ def mad_limits(
 def _filter_doublets(
     funnel: Funnel, screen: RawScreen, obs: pd.DataFrame, settings: PreprocessSettings
 ) -> None:
-    """Drop doublets by Scrublet, each batch on its own, because doublets form within one."""
+    """Drop doublets by Scrublet, each batch on its own, because doublets form within one.
+
+    A batch of more than ``MAX_CELLS_FOR_DOUBLETS`` cells is scored in random parts of about equal size: each
+    has the cell types of the batch in their shares, which is what simulated doublets need.
+    """
     if settings.doublets == "none":
         funnel.skip("doublets")
         return
     score = np.full(len(obs), np.nan)
     doublet = np.zeros(len(obs), dtype=bool)
     notes = []
-    for batch, rows, counts in _batches(screen, obs, funnel.keep):
+    for batch, part, n_parts, rows, counts in _batches(screen, obs, funnel.keep, settings.seed):
         if len(rows) < MIN_CELLS_FOR_DOUBLETS:
             notes.append(f"batch {batch} left alone ({len(rows)} cells)")
             continue
+        name = f"batch {batch}" if n_parts == 1 else f"batch {batch}, part {part + 1}"
+        if n_parts > 1 and part == 0:
+            notes.append(
+                f"batch {batch} scored in {n_parts} random parts (more than {MAX_CELLS_FOR_DOUBLETS:,} cells)"
+            )
         score[rows], called = scrublet_scores(counts, settings.doublet_threshold, settings.seed)
         if called is None:
-            notes.append(f"no threshold found in batch {batch}")
+            notes.append(f"no threshold found in {name}")
         else:
             doublet[rows] = called
     obs[DOUBLET_SCORE] = score
@@ -288,24 +299,32 @@ def _filter_doublets(
 
 
 def _batches(
-    screen: RawScreen, obs: pd.DataFrame, keep: np.ndarray
-) -> Iterator[tuple[str, np.ndarray, sparse.csr_matrix]]:
-    """Yield each batch, its kept cells and their counts of genes.
+    screen: RawScreen, obs: pd.DataFrame, keep: np.ndarray, seed: int
+) -> Iterator[tuple[str, int, int, np.ndarray, sparse.csr_matrix]]:
+    """Yield batch, number of the part, parts of the batch, kept cells of the part, and their counts of genes.
 
-    As many batches as fit ``BATCH_ENTRIES`` are read in one pass; one that is larger is read by itself.
+    As many parts as fit ``BATCH_ENTRIES`` are read in one pass; one that is larger is read by itself.
     """
     codes, names = pd.factorize(obs[BATCH].to_numpy())
-    rows_of = [np.flatnonzero((codes == code) & keep) for code in range(len(names))]
-    entries = [int(obs[N_GENES].to_numpy()[rows].sum(dtype=np.int64)) for rows in rows_of]
+    parts: list[tuple[str, int, int, np.ndarray]] = []
+    for code, name in enumerate(names):
+        rows = np.flatnonzero((codes == code) & keep)
+        number = max(1, -(-len(rows) // MAX_CELLS_FOR_DOUBLETS))
+        dealt = [rows]
+        if number > 1:
+            shuffled = np.random.default_rng([seed, code]).permutation(rows)
+            dealt = [np.sort(part) for part in np.array_split(shuffled, number)]
+        parts.extend((name, at, number, part) for at, part in enumerate(dealt))
+    entries = [int(obs[N_GENES].to_numpy()[rows].sum(dtype=np.int64)) for *_, rows in parts]
     first = 0
-    while first < len(names):
+    while first < len(parts):
         end, total = first + 1, entries[first]
-        while end < len(names) and total + entries[end] <= BATCH_ENTRIES:
+        while end < len(parts) and total + entries[end] <= BATCH_ENTRIES:
             end, total = end + 1, total + entries[end]
-        together = np.sort(np.concatenate(rows_of[first:end]))
+        together = np.sort(np.concatenate([rows for *_, rows in parts[first:end]]))
         counts = screen.take(together)
-        for code in range(first, end):
-            yield names[code], rows_of[code], counts[np.searchsorted(together, rows_of[code])]
+        for name, at, number, rows in parts[first:end]:
+            yield name, at, number, rows, counts[np.searchsorted(together, rows)]
         first = end
 
 

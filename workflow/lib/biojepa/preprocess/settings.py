@@ -36,7 +36,8 @@ class PreprocessSettings:
     min_cells_per_gene
         Genes detected in fewer of the cells that are left are dropped.
     doublets
-        ``none`` or ``scrublet`` (per batch, which has to fit memory; about 10 s per 10,000 cells).
+        ``none`` or ``scrublet`` (per batch, one of more than 50,000 cells in random parts; about 10 s per
+        10,000 cells).
     doublet_threshold
         Scrublet score from which a cell is a doublet. None: chosen by Scrublet, needs scikit-image.
     guide_assignment
