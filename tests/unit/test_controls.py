@@ -109,15 +109,40 @@ def test_the_nearest_control_is_at_the_least_distance_and_never_the_cell_itself(
     scores = rng.standard_normal((80, 4)).astype(np.float32)
     perturbation = np.where(rng.random(80) < 0.5, -1, 0)
     batch = rng.integers(2, size=80)
-    partner = nearest_controls(ControlPools.of(perturbation, [batch]), scores)
+    partner = nearest_controls(ControlPools.of(perturbation, [batch]), scores, RNG(0))
     for cell in range(80):
         pool = [c for c in range(80) if perturbation[c] == -1 and batch[c] == batch[cell] and c != cell]
         distance = np.linalg.norm(scores[pool].astype(float) - scores[cell], axis=1)
         assert partner[cell] == pool[distance.argmin()]
 
 
+def test_of_a_large_pool_the_nearest_is_taken_among_so_many_that_are_drawn(monkeypatch):
+    monkeypatch.setattr(controls_module, "NEAREST_CONTROLS", 12)
+    scores = RNG(4).standard_normal((300, 3)).astype(np.float32)
+    perturbation = np.where(np.arange(300) < 60, -1, 0)
+    batch = (np.arange(300) % 6 == 0).astype(int)  # 50 controls of one batch, 10 of the other
+    pools = ControlPools.of(perturbation, [batch])
+    partner = nearest_controls(pools, scores, RNG(5))
+    controls = np.arange(60)
+    for code, size in ((0, 12), (1, 10)):
+        cells = np.flatnonzero(batch == code)
+        drawn = np.unique(partner[cells])
+        assert set(drawn) <= set(controls[batch[:60] == code]) and len(drawn) <= size
+        for cell in cells:
+            others = drawn[drawn != cell]
+            distance = np.linalg.norm(scores[others].astype(float) - scores[cell], axis=1)
+            assert partner[cell] == others[distance.argmin()]
+    whole = set(partner[batch == 0])
+    assert len(whole) > 9
+    assert set(nearest_controls(pools, scores, RNG(6))[batch == 0]) != whole
+    np.testing.assert_array_equal(nearest_controls(pools, scores, RNG(5)), partner)
+
+
 def test_the_only_control_is_nearest_to_itself():
-    assert nearest_controls(one_pool(np.array([0, -1])), np.eye(2, dtype=np.float32)).tolist() == [1, 1]
+    assert nearest_controls(one_pool(np.array([0, -1])), np.eye(2, dtype=np.float32), RNG(0)).tolist() == [
+        1,
+        1,
+    ]
 
 
 # --- optimal transport ----------------------------------------------------------------------------

@@ -6,7 +6,8 @@ strategy            the control of a cell
 population          any of its batch, which training draws anew for every population of cells
 random              any, whatever its batch
 matched             one of its batch and cell type, among those nearest in sequencing depth
-nearest             the nearest one of its batch in principal components of training cells and controls
+nearest             the nearest one of its batch, or of 20,000 of these, in principal components of training
+                    cells and controls
 optimal_transport   drawn from its row of the optimal transport plan between the cells of its perturbation
                     in a batch and the controls there, in the same components
 ==================  ===================================================================================
@@ -30,6 +31,8 @@ from biojepa.pairs import CONTROL_CODE, rows_of_matrix
 
 # Cells that set the principal components at most; all cells are projected on them.
 PCA_CELLS = 10_000
+# Controls of a pool that a nearest one is looked for among at most: every cell is compared with all of them.
+NEAREST_CONTROLS = 20_000
 # Cells whose candidates are compared at once, which bounds memory.
 BLOCK_OF_CELLS = 1 << 16
 # Of the network simplex; the default of POT is too few for some problems of 512 cells a side.
@@ -165,8 +168,11 @@ def match_depth(
     return partner
 
 
-def nearest_controls(pools: ControlPools, scores: np.ndarray) -> np.ndarray:
+def nearest_controls(pools: ControlPools, scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Take for every cell the control of its pool at the least Euclidean distance.
+
+    Of a pool with more than :data:`NEAREST_CONTROLS` controls, so many are drawn once for all its cells,
+    because the work grows with cells × controls.
 
     Parameters
     ----------
@@ -174,13 +180,18 @@ def nearest_controls(pools: ControlPools, scores: np.ndarray) -> np.ndarray:
         Which controls a cell may have.
     scores
         ``(cells, components)``.
+    rng
+        Of the draw.
 
     Returns
     -------
     ``(cells,)`` int32, as of :func:`draw_controls`.
     """
     partner = np.empty(len(scores), dtype=np.int32)
-    for number, pool in enumerate(pools.pools):
+    for number, every in enumerate(pools.pools):
+        pool = every
+        if len(every) > NEAREST_CONTROLS:
+            pool = np.sort(rng.choice(every, NEAREST_CONTROLS, replace=False))
         index = NearestNeighbors(n_neighbors=min(2, len(pool)), algorithm="brute")
         index.fit(scores[pool].astype(np.float64))
         members = np.flatnonzero(pools.pool_of_cell == number)

@@ -530,7 +530,7 @@ def pair_cells(
         )
     scores = principal_scores(matrix, keep, training, columns, settings.n_components, rng)
     if settings.strategy == NEAREST:
-        return nearest_controls(pools, scores), orphans
+        return nearest_controls(pools, scores, rng), orphans
     return transport_controls(pools, cells.perturbation, scores, settings.transport_cells, rng), orphans
 
 
