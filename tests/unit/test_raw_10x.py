@@ -18,6 +18,7 @@ from scipy.io import mmwrite
 from biojepa.errors import InputError
 from biojepa.guides import GuideAssignment
 from biojepa.preprocess.annotate import annotate_cells, label_cells, needs_guide_counts
+from biojepa.preprocess.cell_tables import ranked_umis
 from biojepa.preprocess.quality import Funnel
 from biojepa.raw import RawScreen, ScreenSource, guide_files, open_screen, read_screen
 from biojepa.sample_files import find_samples
@@ -309,6 +310,28 @@ def test_calls_of_cell_ranger_stand(tmp_path):
     assert "1 of 4 barcodes of protospacer_calls_per_cell.csv are no cell of the screen" in opened.notes
     in_memory = annotate_cells(RawScreen.of(read_screen(source)), source, GuideAssignment(method="threshold"))
     pd.testing.assert_frame_equal(in_memory.obs, obs)
+
+
+def test_calls_without_umis_stand_and_no_umis_are_invented(tmp_path):
+    calls = tmp_path / "calls.csv"
+    rows = (("AAA-1", "KLF1_g1", 3), ("GGG-1", "NT_g1", 2), ("TTT-1", "KLF1_g1|SET_g1", "6|2"))
+    source = replace(write_h5(tmp_path / "a.h5"), guide_table=str(guide_table(tmp_path)))
+    source = replace(source, guide_calls=str(calls))
+    tables, notes = {}, {}
+    for umis in (True, False):
+        header = "cell_barcode,feature_call" + ",num_umis" * umis
+        calls.write_text("\n".join([header, *(",".join(map(str, row[: 2 + umis])) for row in rows)]) + "\n")
+        with open_screen(source) as opened:
+            tables[umis] = annotate_cells(opened, source, GuideAssignment(method="threshold"))
+            notes[umis] = " ".join(opened.notes)
+    columns = ["guide_umis", "guide_share"]
+    pd.testing.assert_frame_equal(tables[False].obs, tables[True].obs.drop(columns=columns))
+    assert tables[True].guide_calls["umis"].tolist() == [9, 2, 2]
+    assert tables[False].guide_calls["umis"].isna().all()
+    same = tables[False].guide_calls.drop(columns="umis")
+    pd.testing.assert_frame_equal(same, tables[True].guide_calls.drop(columns="umis"))
+    assert ranked_umis(tables[False].obs.get("guide_umis")).empty
+    assert "no column num_umis in calls.csv" in notes[False] and "num_umis" not in notes[True]
 
 
 @pytest.mark.parametrize(

@@ -343,14 +343,20 @@ def _from_guide_calls(screen: RawScreen, source: ScreenSource, settings: GuideAs
     most = 1 if settings.method == DOMINANCE else settings.max_guides
     rule = GuideAssignment(method=THRESHOLD, min_umis=1, min_share=1.0, max_guides=most)
     table = _from_guide_counts(screen, called, source, rule, names)
-    total = np.asarray(umis.sum(axis=1), dtype=np.float64).ravel()
-    top = umis.max(axis=1).toarray().ravel() if umis.shape[1] else np.zeros(len(total))
-    table.obs[GUIDE_UMIS] = total
-    table.obs[GUIDE_SHARE] = np.divide(top, total, out=np.zeros_like(total), where=total > 0)
+    # What was called elsewhere has no threshold that is known here, and UMIs only where the table has them.
+    known = not np.isnan(umis.data).any()
+    if known:
+        total = np.asarray(umis.sum(axis=1), dtype=np.float64).ravel()
+        top = umis.max(axis=1).toarray().ravel() if umis.shape[1] else np.zeros(len(total))
+        table.obs[GUIDE_UMIS] = total
+        table.obs[GUIDE_SHARE] = np.divide(top, total, out=np.zeros_like(total), where=total > 0)
+    else:
+        table.obs = table.obs.drop(columns=[GUIDE_UMIS, GUIDE_SHARE])
     if table.guide_calls is not None:
-        # What was called elsewhere has UMIs, and no threshold that is known here.
-        table.guide_calls["umis"] = np.asarray(umis.sum(axis=0)).ravel().astype(np.int64)
-        table.guide_calls["threshold"] = pd.array([pd.NA] * len(names), dtype="Int64")
+        unknown = pd.array([pd.NA] * len(names), dtype="Int64")
+        sums = np.asarray(umis.sum(axis=0)).ravel()
+        table.guide_calls["umis"] = sums.astype(np.int64) if known else unknown
+        table.guide_calls["threshold"] = unknown
     table.rules = {
         NO_GUIDE: f"called in {Path(source.guide_calls).name or 'the screen'}",
         TOO_MANY_GUIDES: f"≤ {most} guide{'s' if most > 1 else ''}",

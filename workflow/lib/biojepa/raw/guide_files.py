@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -219,8 +220,8 @@ def read_guide_calls(path: str | Path, barcodes: pd.Index, with_samples: bool = 
 
     Returns
     -------
-    Names of the guides; UMIs of called guides ``(len(barcodes), guides)`` CSR float32, 1 where the table has
-    no UMIs; notes.
+    Names of the guides; UMIs of called guides ``(len(barcodes), guides)`` CSR float32, all NaN where
+    the table has no UMIs; notes.
 
     Raises
     ------
@@ -244,22 +245,23 @@ def read_guide_calls(path: str | Path, barcodes: pd.Index, with_samples: bool = 
         if pd.isna(given[place]):
             continue
         names = str(given[place]).split(CALL_JOIN)
-        values = numbers[place].split(CALL_JOIN) if with_umis else ["1"] * len(names)
-        if len(values) != len(names) or not all(value.strip().isdigit() for value in values):
+        values = numbers[place].split(CALL_JOIN) if with_umis else []
+        if with_umis and (len(values) != len(names) or not all(value.strip().isdigit() for value in values)):
             raise InputError(
                 f"{path}, cell {index[place]!r}",
                 f"{len(names)} guides and {CALL_UMIS} {numbers[place]!r}",
                 "a whole number for each guide, joined by |",
                 "correct the row, or fetch the file again",
             )
-        for name, value in zip(names, values, strict=True):
-            rows.append(cell)
-            guides.append(name.strip())
-            umis.append(max(int(value), 1))
+        rows.extend([cell] * len(names))
+        guides.extend(name.strip() for name in names)
+        umis.extend([max(int(value), 1) for value in values] if with_umis else [math.nan] * len(names))
     distinct, codes = np.unique(np.array(guides, dtype=object), return_inverse=True)
     shape = (len(barcodes), len(distinct))
     called = sparse.csr_matrix((np.array(umis, dtype=np.float32), (rows, codes)), shape=shape)
     notes = [f"guides of {len(np.unique(rows))} of {len(barcodes)} cells taken from {path.name}"]
+    if not with_umis:
+        notes.append(f"no column {CALL_UMIS} in {path.name}: guide UMIs of the cells are not known")
     if note:
         notes.append(f"{note} with those of {path.name}")
     if other := len(index) - int((places >= 0).sum()):
