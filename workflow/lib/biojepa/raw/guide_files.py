@@ -237,7 +237,9 @@ def read_guide_calls(path: str | Path, barcodes: pd.Index, with_samples: bool = 
     places, note = match_barcodes(barcodes, index)
     if not (places >= 0).any():
         raise no_match(path, key, barcodes, index)
-    rows, guides, umis = [], [], []
+    rows: list[int] = []
+    guides: list[str] = []
+    umis: list[float] = []
     with_umis = CALL_UMIS in table.columns
     given = calls.to_numpy(dtype=object)
     numbers = table[CALL_UMIS].astype(str).to_numpy(dtype=object) if with_umis else given
@@ -253,7 +255,7 @@ def read_guide_calls(path: str | Path, barcodes: pd.Index, with_samples: bool = 
                 "a whole number for each guide, joined by |",
                 "correct the row, or fetch the file again",
             )
-        rows.extend([cell] * len(names))
+        rows.extend([int(cell)] * len(names))
         guides.extend(name.strip() for name in names)
         umis.extend([max(int(value), 1) for value in values] if with_umis else [math.nan] * len(names))
     distinct, codes = np.unique(np.array(guides, dtype=object), return_inverse=True)
