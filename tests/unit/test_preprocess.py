@@ -31,7 +31,7 @@ from biojepa.preprocess import (
 )
 from biojepa.preprocess import effects as effects_module
 from biojepa.preprocess import quality as quality_module
-from biojepa.preprocess.annotate import said_of_many_guides
+from biojepa.preprocess.annotate import annotate_cells, said_of_many_guides
 from biojepa.preprocess.cell_cycle import GENES_FILE
 from biojepa.preprocess.effects import (
     TargetExpression,
@@ -759,6 +759,19 @@ def test_library_sizes_that_cannot_be_are_refused():
         preprocess_screen(screen, source, SETTINGS)
     with pytest.raises(InputError, match=r"1 cells with a library size of 0"):
         log_normalize(sparse.csr_matrix(np.ones((2, 3))), np.array([3.0, 0.0]), 1e4)
+
+
+def test_na_of_r_is_no_perturbation_and_no_guide():
+    screen = toy()
+    screen.obs["gene"] = screen.obs["gene"].replace({"RARE": "NA"})
+    screen.obs["guide"] = screen.obs["guide"].astype(object)
+    screen.obs.iloc[:3, screen.obs.columns.get_loc("guide")] = ["NA", "n/a", None]
+    cells = annotate_cells(RawScreen.of(screen), SOURCE, GuideAssignment())
+    missing = screen.obs["gene"] == "NA"
+    assert cells.obs["perturbation"].isna().tolist() == missing.tolist()
+    assert cells.notes["unlabelled"] == "no perturbation in: 'NA' (5 cells)"
+    assert cells.obs["guide_id"].iloc[:3].tolist() == ["", "", ""]
+    assert cells.obs["guide_id"].iloc[3:].tolist() == screen.obs["guide"].iloc[3:].tolist()
 
 
 def test_another_control_is_left_out_with_a_note():

@@ -392,7 +392,7 @@ def test_cell_metadata_is_joined_by_barcode_and_not_by_order(tmp_path):
     source = replace(write(screen(), tmp_path), cell_metadata=str(table))
     obs = read_screen(source).obs
     assert obs["batch"].tolist() == [1, 2, 3]
-    assert obs["gene"].tolist() == ["x", "y", "NA"]  # a gene, not a missing value
+    assert obs["gene"].tolist() == ["x", "y", "NA"]  # as spelled; as a label or a guide it is missing
     assert obs["perturbation"].tolist() == ["KLF1", "control", "SET"]
 
 

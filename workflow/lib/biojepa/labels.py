@@ -28,7 +28,10 @@ CONTROL_SYNONYMS = frozenset(
         "neg_control",
     }
 )
-MISSING_LABELS = frozenset({"", "nan", "none", "null", "unassigned", "unknown", "ambiguous", "*"})
+# What files write where a label or a guide is missing, ``NA`` of R among them. Compared without regard to case.
+MISSING_LABELS = frozenset(
+    {"", "na", "n/a", "<na>", "#n/a", "nan", "none", "null", "unassigned", "unknown", "ambiguous", "*"}
+)
 CONTROL_LABEL_SEPARATOR = ";"
 
 
@@ -41,6 +44,13 @@ def control_names(control_label: str) -> tuple[str, ...]:
 def is_control_name(name: str, controls: Sequence[str] = ()) -> bool:
     """Tell whether a name stands for "not perturbed": one of ``controls`` or a known synonym."""
     return name in controls or name.casefold() in CONTROL_SYNONYMS
+
+
+def is_missing(raw: object) -> bool:
+    """Tell whether a field of a table names nothing: it is empty, or says in a usual way that it is missing."""
+    if raw is None or (isinstance(raw, float) and math.isnan(raw)):
+        return True
+    return str(raw).strip().casefold() in MISSING_LABELS
 
 
 def normalize_label(
@@ -76,7 +86,7 @@ def normalize_label(
     stripped = re.sub(pattern, "", whole).strip() if pattern else whole
     if whole in controls or stripped in controls:
         return CONTROL
-    if stripped.casefold() in MISSING_LABELS:
+    if is_missing(stripped):
         return None
     if stripped.casefold() in CONTROL_SYNONYMS:
         # Another kind of control than the one that was named: neither a gene nor, unasked, a control.

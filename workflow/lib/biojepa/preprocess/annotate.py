@@ -27,7 +27,7 @@ from biojepa.contracts import (
 from biojepa.errors import InputError
 from biojepa.guides import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES, GuideAssignment, call_guides
 from biojepa.guides.settings import DOMINANCE, THRESHOLD
-from biojepa.labels import control_names, genes_of, is_control_name, normalize_label
+from biojepa.labels import control_names, genes_of, is_control_name, is_missing, normalize_label
 from biojepa.preprocess.cell_labels import (
     listed,
     normalize_labels,
@@ -262,9 +262,10 @@ def _from_labels(screen: RawScreen, source: ScreenSource) -> CellTable:
             f"{source.columns_in}, column {source.perturbation_column!r}", raw.tolist(), source, "labels"
         )
     obs = pd.DataFrame({PERTURBATION: labels}, index=screen.obs.index)
-    obs[GUIDE_ID] = _text_column(
+    guide_ids = _text_column(
         screen.obs, source.guide_column, source, "guide_column", default="", missing=""
     )
+    obs[GUIDE_ID] = _without_missing(guide_ids)
     obs[STATUS] = np.where(pd.isna(labels), NO_GUIDE, ASSIGNED)
     notes = []
     others = other_controls(raw.tolist(), controls)
@@ -454,11 +455,18 @@ def _text_column(
     return values.astype(object).where(values.notna(), missing).astype(str).to_numpy(dtype=object)
 
 
+def _without_missing(names: np.ndarray) -> np.ndarray:
+    """Return names ``(cells,)`` with an empty text for those that say that there is none, such as ``NA``."""
+    codes, distinct = pd.factorize(names)
+    return np.array(["" if is_missing(name) else name for name in distinct], dtype=object)[codes]
+
+
 def _number_column(obs: pd.DataFrame, column: str, source: ScreenSource, setting: str) -> np.ndarray:
-    """Return a column as float64 ``(cells,)``; a word in it is an error, an empty field NaN."""
+    """Return a column as float64 ``(cells,)``; a word in it is an error, an empty field or ``NA`` NaN."""
     values = require_column(obs, column, source.columns_in, setting)
     numbers = pd.to_numeric(values.astype(object), errors="coerce").to_numpy(dtype=np.float64)
-    words = values[np.isnan(numbers) & values.notna().to_numpy() & (values.astype(str) != "NA").to_numpy()]
+    words = values[np.isnan(numbers)]
+    words = words[[not is_missing(word) for word in words]]
     if len(words):
         raise InputError(
             f"{source.columns_in}, column {column!r}, cell {words.index[0]!r}",
