@@ -12,6 +12,7 @@ from scipy import sparse
 from biojepa.errors import InputError
 from biojepa.raw import ScreenSource, open_screen, read_screen, require_column
 from biojepa.raw.counts import what_is_wrong
+from biojepa.raw.guide_files import read_guide_counts
 from biojepa.raw.matrix import CompressedRows, SelectedRows, StackedRows, take_rows
 from biojepa.raw.tables import match_barcodes, read_cell_metadata, read_guide_table, read_table
 
@@ -53,6 +54,42 @@ def test_any_line_end_and_a_byte_order_mark_are_read(tmp_path):
 def test_a_table_that_cannot_be_read_is_one_message(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):
         read_cell_metadata(table_at(tmp_path / name, content), BARCODES)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz"])
+def test_row_names_of_r_are_barcodes_or_guides(tmp_path, name):
+    """R leaves out the name of the column of row names; pandas alone would hide the column."""
+
+    def written(text):
+        return table_at(tmp_path / name, text if "csv" in name else text.replace(",", "\t"))
+
+    table, found, _ = read_cell_metadata(written('"batch"\n"CCC-1",2\n"AAA-1",1\n'), BARCODES)
+    assert found.tolist() == [True, True, False]
+    assert table["batch"].tolist() == [1, 2]
+    assert table.columns.tolist() == ["batch"]
+    # Names of rows beside a column of barcodes are no barcodes.
+    table, found, _ = read_cell_metadata(written("cell,batch\n1,GGG-1,3\n2,AAA-1,1\n"), BARCODES)
+    assert found.tolist() == [True, False, True]
+    assert table["batch"].tolist() == [1, 3]
+    assert read_guide_table(written("target\nA_g1,A\nNT_g1,NT\n")).to_dict() == {"A_g1": "A", "NT_g1": "NT"}
+    assert read_guide_table(written("guide,target\n1,A_g1,A\n")).to_dict() == {"A_g1": "A"}
+    guides, counts, _ = read_guide_counts(
+        written("A_g1,B_g1\nGGG-1,1,2\nAAA-1,3,4\nTTT-1,5,6\n"), BARCODES, lambda _: None
+    )
+    assert guides.tolist() == ["A_g1", "B_g1"]
+    np.testing.assert_array_equal(counts.toarray(), [[3, 4], [0, 0], [1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("barcode,batch\nAAA-1,1,\n", r"2 fields in the header, and 3 in the first row, which ends with a del"),
+        ("batch\nx,AAA-1,1\n", r"a\.csv: found 1 fields in the header, and 3 in the first row; expected"),
+    ],
+)
+def test_rows_longer_than_the_header_are_one_message(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        read_table(table_at(tmp_path / "a.csv", content), "cell_metadata")
 
 
 def test_a_gzipped_table_cut_in_half_is_one_message(tmp_path):

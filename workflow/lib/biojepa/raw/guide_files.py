@@ -15,6 +15,7 @@ from biojepa.raw.counts import are_counts, describe, to_counts
 from biojepa.raw.matrix import BLOCK_ENTRIES
 from biojepa.raw.parts import Parts
 from biojepa.raw.tables import (
+    column_names,
     delimiter_of,
     key_column,
     match_barcodes,
@@ -22,7 +23,6 @@ from biojepa.raw.tables import (
     read_table,
     readable,
     require_column,
-    require_delimiter,
     require_file,
     sample_barcodes,
 )
@@ -115,11 +115,11 @@ def _of_matrix(parts: Parts, tables_only: bool) -> GuideTable:
 
 def _of_table(path: Path, barcodes: pd.Index, with_samples: bool, tables_only: bool) -> GuideTable:
     """Return guides, cells and counts of a table, read a part at a time."""
-    header = _header(path)
+    header = column_names(path, "guide_counts")
     guide = next((name for name in GUIDE_COLUMNS if name in header), "")
     count = next((name for name in COUNT_COLUMNS if name in header), "")
     without_counts = [name for name in header if name != count] if guide and count else header[:1]
-    chunks = _chunks(path, len(header), without_counts if tables_only else None)
+    chunks = _chunks(path, header, without_counts if tables_only else None)
     first = next(chunks, None)
     if first is None or first.empty:
         raise InputError(path, "no rows", "counts of guides", "name another file in `guide_counts`")
@@ -142,15 +142,7 @@ def _of_table(path: Path, barcodes: pd.Index, with_samples: bool, tables_only: b
     return others, rows, counts
 
 
-def _header(path: Path) -> list[str]:
-    """Return the names of the columns of a table."""
-    with readable(path):
-        columns = list(pd.read_csv(path, nrows=0, sep=delimiter_of(path), encoding="utf-8-sig").columns)
-    require_delimiter(columns, path)
-    return [str(name) for name in columns]
-
-
-def _chunks(path: Path, n_columns: int, wanted: list[str] | None) -> Iterator[pd.DataFrame]:
+def _chunks(path: Path, header: list[str], wanted: list[str] | None) -> Iterator[pd.DataFrame]:
     """Yield the wanted columns, None for all, of the rows of a table, in parts."""
     with readable(path):
         yield from pd.read_csv(
@@ -158,8 +150,11 @@ def _chunks(path: Path, n_columns: int, wanted: list[str] | None) -> Iterator[pd
             sep=delimiter_of(path),
             encoding="utf-8-sig",
             keep_default_na=False,
+            header=0,
+            names=header,
+            index_col=False,
             usecols=wanted,
-            chunksize=max(1, BLOCK_ENTRIES // n_columns),
+            chunksize=max(1, BLOCK_ENTRIES // len(header)),
         )
 
 

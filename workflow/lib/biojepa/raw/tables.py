@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import logging
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,10 @@ import pandas as pd
 
 from biojepa.errors import InputError
 
+log = logging.getLogger(__name__)
+
 BARCODE, GUIDE, TARGET, SAMPLE = "barcode", "guide", "target", "sample"
+ROW_NAME = "row_name"
 BARCODE_COLUMNS = (BARCODE, "cell_barcode", "barcodes", "cell", "cell_id", "CB")
 # Names that published files give to what a setting asks for; what is suggested when no spelling is close.
 COMMON_NAMES = {
@@ -138,8 +142,17 @@ def delimiter_of(path: str | Path) -> str:
     return "\t" if ".tsv" in suffixes or ".txt" in suffixes else ","
 
 
-def read_table(path: str | Path, setting: str) -> pd.DataFrame:
+def read_table(path: str | Path, setting: str, text: Sequence[str] = ()) -> pd.DataFrame:
     """Read a CSV or TSV (by its name, ``.gz`` allowed); only an empty field is missing.
+
+    Parameters
+    ----------
+    path
+        The table.
+    setting
+        Key of the dataset table that names it.
+    text
+        Columns that are read as text, where they are there.
 
     Raises
     ------
@@ -148,17 +161,75 @@ def read_table(path: str | Path, setting: str) -> pd.DataFrame:
     """
     path = Path(path)
     require_file(path, setting)
+    names = column_names(path, setting)
     with readable(path):
-        table = pd.read_csv(
+        return pd.read_csv(
             path,
             sep=delimiter_of(path),
             encoding="utf-8-sig",
+            header=0,
+            names=names,
+            index_col=False,
+            dtype={name: str for name in text if name in names},
             keep_default_na=False,
             na_values=[""],
             low_memory=False,
         )
-    require_delimiter(list(table.columns), path)
-    return table
+
+
+def column_names(path: Path, setting: str) -> list[str]:
+    """Return the names of the columns of a table, also where the first one has none.
+
+    R writes row names without a name for their column, so that the header is one field shorter than the rows.
+    Pandas takes such a column as index, without a word. Here it is ``guide`` in a ``guide_table`` and
+    ``barcode`` in others, or ``row_name`` where another column is called so.
+
+    Raises
+    ------
+    InputError
+        When the file cannot be read, something else separates its columns, or its first row has more fields
+        than the header in another way.
+    """
+    delimiter = delimiter_of(path)
+    with readable(path):
+        header = pd.read_csv(path, nrows=0, sep=delimiter, encoding="utf-8-sig", index_col=False)
+        names = [str(name) for name in header.columns]
+        require_delimiter(names, path)
+        row = _first_row(path, delimiter)
+    more = len(row) - len(names)
+    if more <= 0:
+        return names
+    if more > 1 or not row[-1].strip():
+        raise InputError(
+            path,
+            f"{len(names)} fields in the header, and {len(row)} in the first row"
+            + ("" if row[-1].strip() else ", which ends with a delimiter"),
+            "as many fields in every line, or one more than in the header where rows have names",
+            "name every column, and remove delimiters at the ends of lines",
+        )
+    of_guides = setting == "guide_table"
+    taken = COMMON_NAMES["guide_table, column guide"] if of_guides else BARCODE_COLUMNS
+    first = ROW_NAME if set(taken) & set(names) else GUIDE if of_guides else BARCODE
+    log.info("%s: the first column has no name, and is taken as %r", path, first)
+    return [first, *names]
+
+
+def _first_row(path: Path, delimiter: str) -> list[str]:
+    """Return the fields of the first row below the header; none where there is no row."""
+    try:
+        row = pd.read_csv(
+            path,
+            sep=delimiter,
+            encoding="utf-8-sig",
+            header=None,
+            skiprows=1,
+            nrows=1,
+            dtype=str,
+            keep_default_na=False,
+        )
+    except pd.errors.EmptyDataError:
+        return []
+    return row.iloc[0].tolist() if len(row) else []
 
 
 def require_file(path: str | Path, setting: str) -> None:
