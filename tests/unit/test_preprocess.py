@@ -31,7 +31,7 @@ from biojepa.preprocess import (
 )
 from biojepa.preprocess import effects as effects_module
 from biojepa.preprocess import quality as quality_module
-from biojepa.preprocess.annotate import annotate_cells, said_of_many_guides
+from biojepa.preprocess.annotate import annotate_cells, guide_targets, label_cells, said_of_many_guides
 from biojepa.preprocess.cell_cycle import GENES_FILE
 from biojepa.preprocess.effects import (
     TargetExpression,
@@ -772,6 +772,27 @@ def test_na_of_r_is_no_perturbation_and_no_guide():
     assert cells.notes["unlabelled"] == "no perturbation in: 'NA' (5 cells)"
     assert cells.obs["guide_id"].iloc[:3].tolist() == ["", "", ""]
     assert cells.obs["guide_id"].iloc[3:].tolist() == screen.obs["guide"].iloc[3:].tolist()
+
+
+def test_a_guide_column_may_have_cells_without_a_guide_or_a_target(tmp_path):
+    table = tmp_path / "guides.csv"
+    table.write_text("guide,target\nG0_1,G0\nNT_1,NT\nG3_1,\nG3_2,NA\nother,\n")
+    obs = pd.DataFrame(
+        {"guide": ["NT_1", "unassigned", "G0_1", None, "G3_1", "NA", "G3_2", "G0_1"]},
+        index=[f"c{i}" for i in range(8)],
+    )
+    screen = ad.AnnData(np.ones((8, 3), dtype=np.float32), obs=obs, var=pd.DataFrame(index=["G0", "G3", "X"]))
+    source = ScreenSource("toy", "toy.h5ad", guide_column="guide", guide_table=str(table), control_label="NT")
+    cells = label_cells(RawScreen.of(screen), source, GuideAssignment())
+    unknown = [None] * 4
+    assert cells.obs["perturbation"].tolist() == ["control", None, "G0", *unknown, "G0"]
+    assert cells.obs["guide_id"].tolist() == ["NT_1", "", "G0_1", "", "G3_1", "", "G3_2", "G0_1"]
+    assert cells.missing_filter == "unlabelled"
+    for found in ("'unassigned' (1 cells)", "no label (1 cells)", "'NA' (1 cells)", "'G3_1' (1 cells)"):
+        assert found in cells.notes["unlabelled"]
+    # Where guides are called from counts, each needs a target.
+    with pytest.raises(InputError, match=r"no target for guide 'G3_1'"):
+        guide_targets(["G0_1", "NT_1"], source)
 
 
 def test_another_control_is_left_out_with_a_note():

@@ -366,19 +366,30 @@ def _from_guide_calls(screen: RawScreen, source: ScreenSource, settings: GuideAs
 
 
 def _from_guide_column(screen: RawScreen, source: ScreenSource) -> CellTable:
-    """Translate the guide that the file names for each cell to its target."""
+    """Translate the guide that the file names for each cell to its target; a cell may have none."""
     raw = require_column(screen.obs, source.guide_column, source.columns_in, "guide_column")
     text = raw.astype(object).where(raw.notna(), "").astype(str)
-    targets = guide_targets(sorted(set(text) - {""}), source)
-    labels = np.array([targets.get(guide) for guide in text], dtype=object)
-    obs = pd.DataFrame({PERTURBATION: labels, GUIDE_ID: text.to_numpy()}, index=screen.obs.index)
+    guides = _without_missing(text.to_numpy(dtype=object))
+    targets = guide_targets(sorted(set(guides) - {""}), source, every_target=False)
+    labels = np.array([targets.get(guide) for guide in guides], dtype=object)
+    obs = pd.DataFrame({PERTURBATION: labels, GUIDE_ID: guides}, index=screen.obs.index)
     obs[STATUS] = np.where(pd.isna(labels), NO_GUIDE, ASSIGNED)
     unread = unread_labels(text.where(text != "", None), labels)
-    return CellTable(obs, "unlabelled", {"unlabelled": f"no guide in: {listed(unread)}"} if unread else {})
+    note = f"no guide, or a guide without a target, in: {listed(unread)}"
+    return CellTable(obs, "unlabelled", {"unlabelled": note} if unread else {})
 
 
-def guide_targets(names: list[str], source: ScreenSource) -> dict[str, str]:
+def guide_targets(names: list[str], source: ScreenSource, every_target: bool = True) -> dict[str, str]:
     """Return the normalized target of each guide, from ``guide_table`` or by ``label_pattern``.
+
+    Parameters
+    ----------
+    names
+        Guides.
+    source
+        The screen.
+    every_target
+        Whether every guide must have a target; otherwise one without is left out.
 
     Raises
     ------
@@ -386,7 +397,7 @@ def guide_targets(names: list[str], source: ScreenSource) -> dict[str, str]:
         When a guide has no target, or no guide targets the control.
     """
     if source.guide_table:
-        table = read_guide_table(source.guide_table)
+        table = read_guide_table(source.guide_table, every_target)
         where = source.guide_table
         missing = [name for name in names if name not in table.index]
         if missing:
@@ -410,7 +421,12 @@ def guide_targets(names: list[str], source: ScreenSource) -> dict[str, str]:
     labels = [normalize_label(target, source.separator, controls, source.label_pattern) for target in raw]
     if CONTROL not in labels:
         raise _no_control(str(where), raw, source, "targets")
-    unknown = [name for name, label in zip(names, labels, strict=True) if label is None]
+    # Another control than the one that was named is a mistake to tell, in any case.
+    unknown = [
+        name
+        for name, label, target in zip(names, labels, raw, strict=True)
+        if label is None and (every_target or not is_missing(target))
+    ]
     if unknown:
         raise InputError(
             str(where),

@@ -384,8 +384,15 @@ def read_cell_metadata(
     return table.drop(columns=key).iloc[places[found]].set_axis(barcodes[found], axis=0), found, notes
 
 
-def read_guide_table(path: str | Path) -> pd.Series:
+def read_guide_table(path: str | Path, every_target: bool = True) -> pd.Series:
     """Read which target each guide has; index guide, values target as the file spells it.
+
+    Parameters
+    ----------
+    path
+        CSV or TSV.
+    every_target
+        Whether every guide must have a target; otherwise that of a guide without one is empty.
 
     Raises
     ------
@@ -414,7 +421,7 @@ def read_guide_table(path: str | Path) -> pd.Series:
             "one row per guide",
             "remove the repeated rows",
         )
-    if targets.isna().any():
+    if every_target and targets.isna().any():
         name = guides[targets.isna()].iloc[0]
         raise InputError(
             f"{path}, column target",
@@ -422,7 +429,7 @@ def read_guide_table(path: str | Path) -> pd.Series:
             "a gene, or the control label",
             "fill it in",
         )
-    return pd.Series(targets.astype(str).to_numpy(), index=guides.to_numpy(), name=TARGET)
+    return pd.Series(targets.astype(object).fillna("").astype(str).to_numpy(), index=guides.to_numpy(), name=TARGET)
 
 
 def _listed(names: Sequence[str], most: int = 20) -> str:
