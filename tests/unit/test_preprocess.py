@@ -751,9 +751,12 @@ def test_library_sizes_that_cannot_be_are_refused():
     screen = toy()
     screen.obs["umis"] = np.asarray(screen.X.sum(axis=1)).ravel()
     source = replace(SOURCE, library_size_column="umis")
-    screen.obs.iloc[3, screen.obs.columns.get_loc("umis")] = 0
-    with pytest.raises(InputError, match=r"column 'umis', cell 'c3': found 0\.0 \(1 such cells\)"):
+    screen.obs.iloc[:151, screen.obs.columns.get_loc("umis")] = 0
+    with pytest.raises(
+        InputError, match=r"column 'umis': found no positive number for 151 of 300 cells, such as 'c0'"
+    ):
         preprocess_screen(screen, source, SETTINGS)
+    screen.obs["umis"] = np.asarray(screen.X.sum(axis=1)).ravel()
     screen.obs["umis"] = np.log1p(1.0 + screen.obs["umis"])
     with pytest.raises(InputError, match=r"values below the counts in the matrix.*`library_size_column`"):
         preprocess_screen(screen, source, SETTINGS)
@@ -793,6 +796,24 @@ def test_a_guide_column_may_have_cells_without_a_guide_or_a_target(tmp_path):
     # Where guides are called from counts, each needs a target.
     with pytest.raises(InputError, match=r"no target for guide 'G3_1'"):
         guide_targets(["G0_1", "NT_1"], source)
+
+
+def test_cells_without_a_library_size_are_a_line_of_the_funnel():
+    screen = toy()
+    screen.obs["umis"] = 2.0 * np.asarray(screen.X.sum(axis=1)).ravel()
+    whole = preprocess_screen(screen, replace(SOURCE, library_size_column="umis"), SETTINGS)
+    assert "no_library_size" not in whole.qc["filter"].tolist()
+    column = screen.obs.columns.get_loc("umis")
+    screen.obs["umis"] = screen.obs["umis"].astype(object)
+    for cell, size in ((3, 0.0), (120, np.nan), (170, "NA"), (200, -5.0)):
+        screen.obs.iloc[cell, column] = size
+    some = preprocess_screen(screen, replace(SOURCE, library_size_column="umis"), SETTINGS)
+    line = row(some.qc, "filter", "no_library_size")
+    assert (line["cells_removed"], line["note"]) == (4, "no positive number in column 'umis'")
+    assert set(whole.cells.obs_names) - set(some.cells.obs_names) == {"c3", "c120", "c170", "c200"}
+    kept = whole.cells[some.cells.obs_names]
+    np.testing.assert_array_equal(some.cells.obs["library_size"], kept.obs["library_size"])
+    np.testing.assert_array_equal(some.cells.X.toarray(), kept.X.toarray())
 
 
 def test_another_control_is_left_out_with_a_note():

@@ -83,7 +83,10 @@ def test_row_names_of_r_are_barcodes_or_guides(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("barcode,batch\nAAA-1,1,\n", r"2 fields in the header, and 3 in the first row, which ends with a del"),
+        (
+            "barcode,batch\nAAA-1,1,\n",
+            r"2 fields in the header, and 3 in the first row, which ends with a del",
+        ),
         ("batch\nx,AAA-1,1\n", r"a\.csv: found 1 fields in the header, and 3 in the first row; expected"),
     ],
 )

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 N_COUNTS, N_GENES, PCT_MITO = "n_counts", "n_genes", "pct_mito"
 GUIDE_UMIS, GUIDE_SHARE = "guide_umis", "guide_share"
 STATUS = "status"
+NO_LIBRARY_SIZE = "no_library_size"
 # Of the 13 mitochondrial genes that code for proteins. One or two say more about themselves than about what
 # share of the transcripts of a cell is mitochondrial.
 MIN_MITO_GENES = 5
@@ -65,7 +66,7 @@ class CellTable:
     Parameters
     ----------
     obs
-        Columns of the contract, ``n_counts``, ``n_genes``, ``pct_mito`` and ``status``
+        Columns of the contract (``library_size`` is NaN where unknown), ``n_counts``, ``n_genes``, ``pct_mito`` and ``status``
         (assigned, no_guide, too_many_guides); ``perturbation`` is None where unknown.
     missing_filter
         Name of the filter that drops cells without a perturbation: no_guide or unlabelled.
@@ -155,7 +156,7 @@ def annotate_cells(screen: RawScreen, source: ScreenSource, guides: GuideAssignm
     Raises
     ------
     InputError
-        When a column is missing, no control is found, or a library size is not positive.
+        When a column is missing, no control is found, or most cells have no library size.
     """
     sums = sum_cells(screen, with_guides=True) if needs_guide_counts(screen, source) else None
     table = label_cells(screen, source, guides, None if sums is None else sums.guides)
@@ -169,6 +170,8 @@ def annotate_cells(screen: RawScreen, source: ScreenSource, guides: GuideAssignm
     table.obs[N_COUNTS] = sums.n_counts
     table.obs[N_GENES] = sums.n_genes
     table.obs[LIBRARY_SIZE] = library_sizes(obs, sums.n_counts, source)
+    if np.isnan(table.obs[LIBRARY_SIZE]).any():
+        table.notes[NO_LIBRARY_SIZE] = f"no positive number in column {source.library_size_column!r}"
     table.obs[PCT_MITO] = mitochondrial_percent(screen, sums, source)
     if note := panel_note(screen, source):
         log.warning("%s: %s", source.path or source.dataset, note)
@@ -262,9 +265,7 @@ def _from_labels(screen: RawScreen, source: ScreenSource) -> CellTable:
             f"{source.columns_in}, column {source.perturbation_column!r}", raw.tolist(), source, "labels"
         )
     obs = pd.DataFrame({PERTURBATION: labels}, index=screen.obs.index)
-    guide_ids = _text_column(
-        screen.obs, source.guide_column, source, "guide_column", default="", missing=""
-    )
+    guide_ids = _text_column(screen.obs, source.guide_column, source, "guide_column", default="", missing="")
     obs[GUIDE_ID] = _without_missing(guide_ids)
     obs[STATUS] = np.where(pd.isna(labels), NO_GUIDE, ASSIGNED)
     notes = []
@@ -494,26 +495,37 @@ def _number_column(obs: pd.DataFrame, column: str, source: ScreenSource, setting
 
 
 def library_sizes(obs: pd.DataFrame, sums: np.ndarray, source: ScreenSource) -> np.ndarray:
-    """Return the UMIs of each cell over its transcriptome ``(cells,)``: a column, or the sums given."""
+    """Return the UMIs of each cell over its transcriptome ``(cells,)``: a column, or the sums given.
+
+    NaN where the column has no positive number.
+
+    Raises
+    ------
+    InputError
+        When most cells have none, or have less than their counts in the matrix.
+    """
     if not source.library_size_column:
         return sums
     column = source.library_size_column
     sizes = _number_column(obs, column, source, "library_size_column")
-    wrong = np.flatnonzero(~(np.isfinite(sizes) & (sizes > 0)))
+    known = np.isfinite(sizes) & (sizes > 0)
     where = f"{source.columns_in}, column {column!r}"
-    if len(wrong):
-        raise InputError(
-            f"{where}, cell {obs.index[wrong[0]]!r}",
-            f"{sizes[wrong[0]]} ({len(wrong)} such cells)",
-            "a positive number of UMIs",
-            "correct the column, or leave `library_size_column` empty",
-        )
-    # A column of log counts or of gene numbers would pass every other check.
-    if np.mean(sums > sizes * 1.001) > 0.5:
+    wrong = np.flatnonzero(~known)
+    if 2 * len(wrong) > len(sizes):
         raise InputError(
             where,
-            f"values below the counts in the matrix (median {np.median(sizes):.4g}, "
-            f"of the matrix {np.median(sums):.4g})",
+            f"no positive number for {len(wrong)} of {len(sizes)} cells, such as {obs.index[wrong[0]]!r}",
+            "the UMIs of most cells",
+            "name the column with total UMI counts in `library_size_column`, or leave it empty if the file "
+            "holds the whole transcriptome",
+        )
+    sizes = np.where(known, sizes, np.nan)
+    # A column of log counts or of gene numbers would pass every other check.
+    if np.mean(sums[known] > sizes[known] * 1.001) > 0.5:
+        raise InputError(
+            where,
+            f"values below the counts in the matrix (median {np.median(sizes[known]):.4g}, "
+            f"of the matrix {np.median(sums[known]):.4g})",
             "UMIs over the whole transcriptome, at least the sum over the genes in the file",
             "name the column with total UMI counts in `library_size_column`, or leave it empty",
         )

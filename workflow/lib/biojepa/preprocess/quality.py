@@ -21,11 +21,12 @@ from biojepa.guides import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES, GuideAssignment
 from biojepa.guides.settings import MIXTURE, THRESHOLD
 from biojepa.labels import genes_of
 from biojepa.preprocess.annotate import (
+    CellTable,
     MANY_GUIDES_FIX,
+    NO_LIBRARY_SIZE,
     N_GENES,
     PCT_MITO,
     STATUS,
-    CellTable,
     said_of_many_guides,
 )
 from biojepa.preprocess.settings import PreprocessSettings
@@ -126,6 +127,8 @@ def filter_cells(screen: RawScreen, cells: CellTable, settings: PreprocessSettin
         funnel.drop(TOO_MANY_GUIDES, cells.rules.get(TOO_MANY_GUIDES, rule), status == TOO_MANY_GUIDES)
 
     size, genes = obs[LIBRARY_SIZE].to_numpy(), obs[N_GENES].to_numpy()
+    if NO_LIBRARY_SIZE in cells.notes:
+        funnel.drop(NO_LIBRARY_SIZE, "> 0 UMIs", np.isnan(size), cells.notes[NO_LIBRARY_SIZE])
     mito = obs[PCT_MITO].to_numpy()
     of_panel = cells.notes.get("min_counts", "")
     funnel.drop("min_counts", f"≥ {settings.min_counts} UMIs", size < settings.min_counts, of_panel)

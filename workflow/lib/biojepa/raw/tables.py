@@ -429,7 +429,9 @@ def read_guide_table(path: str | Path, every_target: bool = True) -> pd.Series:
             "a gene, or the control label",
             "fill it in",
         )
-    return pd.Series(targets.astype(object).fillna("").astype(str).to_numpy(), index=guides.to_numpy(), name=TARGET)
+    return pd.Series(
+        targets.astype(object).fillna("").astype(str).to_numpy(), index=guides.to_numpy(), name=TARGET
+    )
 
 
 def _listed(names: Sequence[str], most: int = 20) -> str:
