@@ -16,6 +16,7 @@ from biojepa.errors import InputError
 from biojepa.raw import RawScreen, ScreenSource, open_screen, read_screen, require_column
 from biojepa.raw.counts import holds_counts, to_counts
 from biojepa.raw.matrix import CompressedRows, spans, take_rows
+from biojepa.raw.read import gene_names
 from biojepa.raw.tables import suggested_column
 
 COUNTS = np.array([[0, 3, 1, 0], [2, 0, 0, 5], [0, 0, 7, 1]])
@@ -312,6 +313,43 @@ def test_ensembl_index_gives_way_to_symbols_and_repeats_get_a_number(tmp_path):
         "gene symbols taken from column 'gene_name' of var",
         "1 repeated gene symbols got a number",
     ]
+
+
+ENSEMBL_IDS = [f"ENSG0000000000{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("index", [ENSEMBL_IDS, list("0123")])
+@pytest.mark.parametrize("column", ["gene_short_name", "Symbol", "name", "GENE_SYMBOL", "feature_name"])
+def test_symbols_are_found_under_usual_names(index, column):
+    # A column that is called like symbols and holds ids is none of them.
+    columns = {"gene_name": ENSEMBL_IDS, column: ["KLF1", "SET", None, "SPI1"]}
+    var = pd.DataFrame({**columns, "Gene_IDs": ENSEMBL_IDS}, index=index)
+    notes = []
+    found = gene_names(var, notes)
+    assert found.index.tolist() == ["KLF1", "SET", ENSEMBL_IDS[2], "SPI1"]
+    assert found["gene_id"].tolist() == ENSEMBL_IDS
+    assert notes == [f"gene symbols taken from column {column!r} of var"]
+
+
+def test_ids_that_stay_are_noted_and_gene_column_says_where_symbols_are(tmp_path):
+    said = "genes are named by Ensembl ids: if var has a column of symbols, name it in `gene_column`"
+    adata = screen()
+    adata.var["hugo"] = GENES
+    adata.var["ensembl_id"] = ENSEMBL_IDS
+    for index in (ENSEMBL_IDS, list("0123")):
+        adata.var_names = index
+        source = write(adata, tmp_path)
+        read = read_screen(source)
+        assert read.var_names.tolist() == ENSEMBL_IDS
+        assert read.uns["notes"][-1] == said
+        read = read_screen(replace(source, gene_column="hugo"))
+        assert read.var_names.tolist() == GENES
+        assert read.var["gene_id"].tolist() == ENSEMBL_IDS
+    with pytest.raises(InputError, match=r"screen\.h5ad: found no column 'Hugo'.*did you mean 'hugo'.*`gene_c"):
+        read_screen(replace(source, gene_column="Hugo"))
+    # An index of symbols gives way to the column that is named, too.
+    adata.var_names = ["a", "b", "c", "d"]
+    assert read_screen(replace(write(adata, tmp_path), gene_column="hugo")).var_names.tolist() == GENES
 
 
 def test_symbol_index_keeps_its_ensembl_column(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from biojepa.raw.h5ad import open_h5ad
 from biojepa.raw.matrix import CompressedRows, RowBlocks, SelectedRows, take_rows
 from biojepa.raw.parts import Reading, damage_told, open_hdf5
 from biojepa.raw.source import ScreenSource
-from biojepa.raw.tables import SAMPLE, read_cell_metadata
+from biojepa.raw.tables import SAMPLE, read_cell_metadata, require_column
 from biojepa.raw.tenx import FEATURE_TYPES, GENE_TYPE, GUIDE_TYPE, is_10x_hdf5, open_10x
 from biojepa.sample_files import HDF5, MTX, find_samples
 
@@ -34,7 +34,11 @@ CALLED_GUIDES, CALLED_NAMES = "called_guides", "called_guide_names"
 LEFT_OUT, SAMPLE_COLUMN = "left_out", "sample_column"
 H5AD, MTX_FOLDER, H5_FILE = "h5ad", "10x_mtx", "10x_h5"
 NOT_IN_METADATA = "not_in_cell_metadata"
-SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "gene_name", "gene_names", "symbol", "feature_name")
+# In whatever case. Those that may mean something else come last.
+SYMBOL_COLUMNS = (
+    "gene_symbol", "gene_symbols", "gene_name", "gene_names", "gene_short_name", "symbol", "symbols",
+    "hgnc_symbol", "external_gene_name", "feature_name", "gene", "name",
+)  # fmt: skip
 GENE_ID_COLUMNS = (GENE_ID, "gene_ids", "ensembl_id", "ensemble_id", "ensembl", "feature_id")
 ENSEMBL = r"^ENS[A-Z]*G\d+"
 
@@ -263,7 +267,7 @@ def open_screen(
                 left_out[NOT_IN_METADATA] = (n_without, f"barcodes without a row in {name}: no cells")
                 counts, obs = SelectedRows(counts, found), obs[found]
             obs = pd.concat([obs.drop(columns=[c for c in obs.columns if c in table.columns]), table], axis=1)
-        screen = _split_features(counts, obs, var, path, notes)
+        screen = _split_features(counts, obs, var, path, notes, source.gene_column)
         screen.left_out, screen.sample_column, screen.where = left_out, samples, path
         _add_guides(screen, source, how)
         for note in notes:
@@ -373,7 +377,12 @@ def _with_unique_barcodes(obs: pd.DataFrame, source: ScreenSource, notes: list[s
 
 
 def _split_features(
-    counts: RowBlocks, obs: pd.DataFrame, var: pd.DataFrame, path: Path, notes: list[str]
+    counts: RowBlocks,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    path: Path,
+    notes: list[str],
+    gene_column: str = "",
 ) -> RawScreen:
     """Tell genes from guides by ``feature_types`` and name the genes by unique symbols."""
     types = (
@@ -390,7 +399,7 @@ def _split_features(
     for other in sorted(set(types[~is_gene & ~is_guide])):
         notes.append(f"{int((types == other).sum())} features of type {other!r} left out")
     of_genes: list[str] = []
-    genes = gene_names(var.loc[is_gene], of_genes)
+    genes = gene_names(var.loc[is_gene], of_genes, gene_column, path)
     notes += of_genes
     screen = RawScreen(counts, obs, genes, notes=notes, gene_notes=of_genes)
     if not is_gene.all():
@@ -408,23 +417,85 @@ def _split_features(
     return screen
 
 
-def gene_names(var: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+def gene_names(
+    var: pd.DataFrame, notes: list[str], gene_column: str = "", where: str | Path = "var"
+) -> pd.DataFrame:
     """Return the table of genes: unique symbols as index and the column ``gene_id``.
 
-    An index of Ensembl ids is replaced by a symbol column where there is one; a gene without a
+    An index of Ensembl ids or of numbers is replaced by a symbol column where there is one; a gene without a
     symbol keeps its id. A repeated symbol gets a number (``A``, ``A-1``), with a note.
+
+    Parameters
+    ----------
+    var
+        Table of genes, as the file has it.
+    notes
+        What is decided here is added to it.
+    gene_column
+        Column with symbols, whatever the index is; empty: look for one.
+    where
+        File, for messages.
+
+    Raises
+    ------
+    InputError
+        When there is no such column.
     """
     index = pd.Index(var.index.astype(str))
-    given = next((column for column in GENE_ID_COLUMNS if column in var), None)
-    identifiers = index.to_numpy() if given is None else var[given].astype(str).to_numpy()
-    symbols = index.to_numpy(dtype=object)
-    column = next((column for column in SYMBOL_COLUMNS if column in var), None)
-    if column and index.str.match(ENSEMBL).mean() > 0.5:
-        named = var[column].astype(object).where(var[column].notna(), "").astype(str).str.strip().to_numpy()
-        identifiers, symbols = index.to_numpy(), np.where(named == "", symbols, named)
+    given = _column_called(var, GENE_ID_COLUMNS)
+    counted = _are_numbers(index)
+    identifiers = index.to_numpy() if given is None else _names_in(var, given)
+    names = index.to_numpy(dtype=object)
+    column: str | None = None
+    if gene_column:
+        require_column(var, gene_column, where, "gene_column")
+        column = gene_column
+    elif counted or _are_ensembl(index):
+        column = _column_called(var, SYMBOL_COLUMNS, symbols=True)
+    if column is not None:
+        if _are_ensembl(index):
+            identifiers = index.to_numpy()
+        # Numbers of rows are no names, so that genes without a symbol are better called by their id.
+        spare = np.where(identifiers == "", names, identifiers) if counted else names
+        named = _names_in(var, column)
+        names = np.where(named == "", spare, named)
         notes.append(f"gene symbols taken from column {column!r} of var")
-    unique = pd.Index(symbols.astype(str))
+    elif counted and given is not None:
+        names = np.where(identifiers == "", names, identifiers)
+        notes.append(f"genes named by column {given!r} of var, since its index holds numbers")
+    unique = pd.Index(names.astype(str))
+    kind = "Ensembl ids" if _are_ensembl(unique) else "numbers" if _are_numbers(unique) else ""
+    if kind:
+        # Perturbations, networks and gene sets name genes by symbols: none of them would be found.
+        note = f"genes are named by {kind}: if var has a column of symbols, name it in `gene_column`"
+        log.warning("%s: %s", where, note)
+        notes.append(note)
     if unique.has_duplicates:
         notes.append(f"{int(unique.duplicated().sum())} repeated gene symbols got a number")
         unique = make_index_unique(unique)
     return pd.DataFrame({GENE_ID: identifiers.astype(str)}, index=unique)
+
+
+def _column_called(var: pd.DataFrame, usual: Sequence[str], symbols: bool = False) -> str | None:
+    """Return the column with one of the usual names, in whatever case; with ``symbols``, one without ids."""
+    folded = {str(column).casefold(): column for column in reversed(var.columns)}
+    found = (folded[name] for name in map(str.casefold, usual) if name in folded)
+    if not symbols:
+        return next(found, None)
+    named = ((column, pd.Index(_names_in(var, column))) for column in found)
+    return next((column for column, names in named if not (_are_ensembl(names) or _are_numbers(names))), None)
+
+
+def _names_in(var: pd.DataFrame, column: str) -> np.ndarray:
+    """Return a column as text ``(genes,)``, empty where missing."""
+    return var[column].astype(object).where(var[column].notna(), "").astype(str).str.strip().to_numpy(object)
+
+
+def _are_ensembl(names: pd.Index) -> bool:
+    """Tell whether most names are Ensembl ids of genes."""
+    return bool(names.str.match(ENSEMBL).mean() > 0.5)
+
+
+def _are_numbers(names: pd.Index) -> bool:
+    """Tell whether all names are numbers: of rows, or of genes at Entrez."""
+    return bool(names.str.fullmatch(r"\d+").all())

@@ -50,6 +50,9 @@ class ScreenSource:
     mito_column
         Column with the mitochondrial share, as a fraction or in percent (told apart by whether
         any cell exceeds 1). Empty: computed from genes called ``MT-`` where five or more are there.
+    gene_column
+        Column of ``var`` with gene symbols. Empty: the index of ``var``, or, where that holds Ensembl ids or
+        numbers, a column with one of the usual names.
     perturbation_type
         CRISPRi, CRISPRa, CRISPRko or unknown, for the whole screen.
     cell_metadata
@@ -81,6 +84,7 @@ class ScreenSource:
     cell_type_column: str = ""
     library_size_column: str = ""
     mito_column: str = ""
+    gene_column: str = ""
     perturbation_type: str = ""
     cell_metadata: str = ""
     guide_table: str = ""

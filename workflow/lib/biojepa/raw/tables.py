@@ -32,6 +32,7 @@ COMMON_NAMES = {
     "cell_type_column": ("cell_type", "celltype", "cell_line", "cell_line_name"),
     "library_size_column": ("ncounts", "total_counts", "n_counts", "nCount_RNA", "UMI_count", "n_umis"),
     "mito_column": ("percent_mito", "pct_counts_mt", "mitopercent", "percent.mt", "pct_mito", "p_mito"),
+    "gene_column": ("gene_symbol", "gene_name", "gene_short_name", "symbol", "feature_name", "gene", "name"),
     "guide_table, column guide": ("guide", "guide_id", "sgRNA", "id", "name"),
     "guide_table, column target": ("target", "gene", "target_gene", "target_gene_name", "gene_symbol"),
 }  # fmt: skip
