@@ -191,6 +191,27 @@ def test_a_column_matrix_with_an_entry_outside_is_refused(tmp_path):
         read_screen(source)
 
 
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        # The last gene without a pointer, the last entries behind the last pointer: both were left out silently.
+        ("indptr", [0, 1, 2, 4], r"6 values, 6 indices and column pointers to 4 for 4 genes"),
+        ("indptr", [0, 1, 2, 4, 5], r"6 values, 6 indices and column pointers to 5 for 4 genes"),
+        ("indptr", [0, 4, 2, 4, 6], r"pointers of genes that do not rise from 0 to 6"),
+        ("data", [2, 3, 1, 7, 5, 1, 4], r"7 values, 6 indices and column pointers to 6 for 4 genes"),
+    ],
+)
+def test_a_column_matrix_whose_parts_disagree_is_refused(tmp_path, part, values, message):
+    adata = screen()
+    adata.X = sparse.csc_matrix(COUNTS, dtype=np.float32)
+    source = write(adata, tmp_path)
+    with h5py.File(source.path, "a") as file:
+        del file[f"X/{part}"]
+        file[f"X/{part}"] = np.array(values, dtype=np.int32)
+    with pytest.raises(InputError, match=message):
+        read_screen(source)
+
+
 @pytest.mark.filterwarnings("ignore:Element")
 def test_a_file_in_an_old_layout_is_read(tmp_path):
     adata = screen()

@@ -132,7 +132,7 @@ def _rows_in(matrix: Any, path: Path, how: Reading) -> RowBlocks:
     if isinstance(matrix, h5py.Group):
         if matrix.attrs["encoding-type"] == "csc_matrix":
             return how.in_rows(
-                column_entries(matrix, how.entries), len(matrix["data"]), shape_of(matrix), path
+                column_entries(matrix, path, how.entries), len(matrix["data"]), shape_of(matrix), path
             )
         return CompressedRows.in_file(matrix, path, how.entries)
     if isinstance(matrix, h5py.Dataset):

@@ -72,15 +72,7 @@ class CompressedRows:
         self.shape = (int(shape[0]), int(shape[1]))
         self._data, self._indices, self._indptr, self._where = data, indices, indptr, where
         self._entries = entries or BLOCK_ENTRIES
-        n_entries = int(indptr[-1]) if len(indptr) else -1
-        if len(indptr) != self.shape[0] + 1 or not n_entries == len(data) == len(indices):
-            raise InputError(
-                where,
-                f"{len(data)} values, {len(indices)} indices and row pointers to {n_entries} "
-                f"for {self.shape[0]} cells",
-                "as many of each, and a pointer for each cell",
-                "the file is damaged: fetch it again",
-            )
+        require_pointers(indptr, len(data), len(indices), self.shape[0], "cell", where)
 
     @classmethod
     def of(cls, matrix: sparse.csr_matrix, entries: int | None = None) -> CompressedRows:
@@ -219,9 +211,58 @@ def take_rows(matrix: RowBlocks, rows: np.ndarray) -> sparse.csr_matrix:
     return sparse.csr_matrix(sparse.vstack(parts, format="csr"))
 
 
-def column_entries(group: h5py.Group, entries: int | None = None) -> Iterator[Entries]:
-    """Yield row, column and value of the entries of a ``csc_matrix`` in an open file, block by block."""
+def require_pointers(
+    indptr: np.ndarray, n_values: int, n_indices: int, n_lines: int, line: str, where: str | Path
+) -> None:
+    """Stop where the parts of a compressed matrix disagree; scipy would leave out what no pointer reaches.
+
+    Parameters
+    ----------
+    indptr
+        Where each row, or column, starts, and the end ``(n_lines + 1,)``.
+    n_values, n_indices
+        Lengths of the other two parts.
+    n_lines
+        Rows or columns.
+    line
+        What one of them is: cell or gene.
+    where
+        File, for messages.
+
+    Raises
+    ------
+    InputError
+        When they disagree.
+    """
+    n_entries = int(indptr[-1]) if len(indptr) else -1
+    if len(indptr) == n_lines + 1 and n_entries == n_values == n_indices:
+        if indptr[0] == 0 and not (indptr[1:] < indptr[:-1]).any():
+            return
+        raise InputError(
+            where,
+            f"pointers of {line}s that do not rise from 0 to {n_entries}",
+            f"a {line} to start where the one before it ends",
+            "the file is damaged: fetch it again",
+        )
+    raise InputError(
+        where,
+        f"{n_values} values, {n_indices} indices and {'row' if line == 'cell' else 'column'} pointers to "
+        f"{n_entries} for {n_lines} {line}s",
+        f"as many of each, and a pointer for each {line}",
+        "the file is damaged: fetch it again",
+    )
+
+
+def column_entries(group: h5py.Group, where: str | Path, entries: int | None = None) -> Iterator[Entries]:
+    """Yield row, column and value of the entries of a ``csc_matrix`` in an open file, block by block.
+
+    Raises
+    ------
+    InputError
+        When its parts disagree.
+    """
     indptr = group["indptr"][:]
+    require_pointers(indptr, len(group["data"]), len(group["indices"]), shape_of(group)[1], "gene", where)
     for first, end in spans(indptr, entries or BLOCK_ENTRIES):
         pointers = indptr[first : end + 1]
         part = slice(int(pointers[0]), int(pointers[-1]))
