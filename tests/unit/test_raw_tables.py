@@ -221,6 +221,10 @@ def write_run(
             r"no raw counts \(negative values, such as -4\)",
         ),
         (
+            {"matrix": "%%MatrixMarket matrix coordinate integer general\n2 3 2\n1 1 4\n2 3"},
+            r"matrix\.mtx: found line 4 incomplete: fewer than three numbers; .*cut off: fetch it again",
+        ),
+        (
             {"matrix": "%%MatrixMarket matrix coordinate real general\n2 3 1\n1 1 nan\n"},
             r"no raw counts \(1 values that are not finite, such as nan\)",
         ),

@@ -196,7 +196,7 @@ def _mtx_entries(path: Path, n_entries: int, entries: int | None) -> Iterator[En
     Raises
     ------
     InputError
-        When a count is no count, or none is positive.
+        When a line is incomplete, a count is no count, or none is positive.
     ValueError
         When the file has another number of entries than its header says.
     """
@@ -216,6 +216,13 @@ def _mtx_entries(path: Path, n_entries: int, entries: int | None) -> Iterator[En
         for block in blocks:
             values = block["count"].to_numpy()
             if not are_counts(values):
+                if np.isnan(values).any() and (line := _short_line(path)):
+                    raise InputError(
+                        path,
+                        f"line {line} incomplete: fewer than three numbers",
+                        "feature, barcode and count in every line of a complete matrix.mtx",
+                        "the file was cut off: fetch it again",
+                    )
                 raise _no_counts(path, describe(values))
             some, found = some or bool(values.any()), found + len(block)
             yield block["barcode"].to_numpy() - 1, block["feature"].to_numpy() - 1, values
@@ -223,6 +230,19 @@ def _mtx_entries(path: Path, n_entries: int, entries: int | None) -> Iterator[En
         raise ValueError(f"{found} entries in {path.name}, whose header says {n_entries}")
     if not some:
         raise _no_counts(path, "nothing but zeros")
+
+
+def _short_line(path: Path) -> int:
+    """Return the number of the first entry of a coordinate matrix without its three numbers; 0 for none."""
+    sizes = False
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.startswith(b"%") or not line.strip():
+                continue
+            if sizes and len(line.split()) < 3:
+                return number
+            sizes = True
+    return 0
 
 
 def is_10x_hdf5(file: h5py.File) -> bool:
