@@ -334,6 +334,15 @@ def test_calls_without_umis_stand_and_no_umis_are_invented(tmp_path):
     assert "no column num_umis in calls.csv" in notes[False] and "num_umis" not in notes[True]
 
 
+@pytest.mark.parametrize("empty", ["CCC-1,0,,\n", "CCC-1,0,NA,NA\n", "CCC-1,0,None,\n"])
+def test_a_cell_without_a_call_leaves_the_others_as_they_are(tmp_path, empty):
+    calls = tmp_path / "calls.csv"
+    calls.write_text(CALLS + "AAA-1,1,KLF1_g1,3\n" + empty + "GGG-1,1,NT_g1,2\n")
+    read = read_screen(replace(write_h5(tmp_path / "a.h5"), guide_calls=str(calls)))
+    assert read.uns["called_guide_names"].tolist() == ["KLF1_g1", "NT_g1"]
+    np.testing.assert_array_equal(read.obsm["called_guides"].toarray(), [[3, 0], [0, 0], [0, 2], [0, 0]])
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from biojepa.errors import InputError
+from biojepa.labels import is_missing
 from biojepa.raw.counts import are_counts, describe, to_counts
 from biojepa.raw.matrix import BLOCK_ENTRIES
 from biojepa.raw.parts import Parts
@@ -201,7 +202,7 @@ def read_guide_calls(path: str | Path, barcodes: pd.Index, with_samples: bool = 
     """Read Cell Ranger's ``protospacer_calls_per_cell.csv``, or a table of that form.
 
     Columns are ``cell_barcode``, ``feature_call`` (guides joined by ``|``) and, where there, ``num_umis``
-    (their UMIs, joined in the same way). Cells with no guide are not in the table.
+    (their UMIs, joined in the same way). Cells with no guide are not in the table, or have no call in it.
     https://www.10xgenomics.com/support/software/cell-ranger/latest/analysis/outputs/cr-crispr-overview
 
     Parameters
@@ -224,7 +225,8 @@ def read_guide_calls(path: str | Path, barcodes: pd.Index, with_samples: bool = 
         When the table cannot be read, a barcode is there twice, or none is a cell of the screen.
     """
     path = Path(path)
-    table = read_table(path, "guide_calls")
+    # One row without a call would make decimals of all numbers of UMIs.
+    table = read_table(path, "guide_calls", text=(FEATURE_CALL, CALL_UMIS))
     calls = require_column(table, FEATURE_CALL, path, "guide_calls")
     key = key_column(table)
     index = sample_barcodes(table, key, with_samples)
@@ -239,7 +241,7 @@ def read_guide_calls(path: str | Path, barcodes: pd.Index, with_samples: bool = 
     given = calls.to_numpy(dtype=object)
     numbers = table[CALL_UMIS].astype(str).to_numpy(dtype=object) if with_umis else given
     for cell, place in zip(np.flatnonzero(places >= 0), places[places >= 0], strict=True):
-        if pd.isna(given[place]):
+        if is_missing(given[place]):
             continue
         names = str(given[place]).split(CALL_JOIN)
         values = numbers[place].split(CALL_JOIN) if with_umis else []
