@@ -32,7 +32,7 @@ from biojepa.preprocess.cell_labels import normalize_labels, other_controls
         ("NTg4", "+", ("NT",), r"g\d+$", "control"),
         ("STAT2g1+IRF1g3", "+", ("NT",), r"g\d+$", "IRF1+STAT2"),
         ("SPI1_pDS255", "_", ("NT",), r"_pDS\d+$", "SPI1"),
-        # R writes NA where a value is missing; taken as a gene, it was a perturbation of all unlabelled cells.
+        # R writes NA where a value is missing; as a gene, it was a perturbation of all unlabelled cells.
         ("NA", "+", ("control",), "", None),
         ("n/a", "+", (), "", None),
         ("<NA>", "+", (), "", None),

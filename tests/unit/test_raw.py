@@ -194,7 +194,7 @@ def test_a_column_matrix_with_an_entry_outside_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("part", "values", "message"),
     [
-        # The last gene without a pointer, the last entries behind the last pointer: both were left out silently.
+        # The last gene without a pointer, entries behind the last pointer: both were left out silently.
         ("indptr", [0, 1, 2, 4], r"6 values, 6 indices and column pointers to 4 for 4 genes"),
         ("indptr", [0, 1, 2, 4, 5], r"6 values, 6 indices and column pointers to 5 for 4 genes"),
         ("indptr", [0, 4, 2, 4, 6], r"pointers of genes that do not rise from 0 to 6"),
@@ -366,7 +366,9 @@ def test_ids_that_stay_are_noted_and_gene_column_says_where_symbols_are(tmp_path
         read = read_screen(replace(source, gene_column="hugo"))
         assert read.var_names.tolist() == GENES
         assert read.var["gene_id"].tolist() == ENSEMBL_IDS
-    with pytest.raises(InputError, match=r"screen\.h5ad: found no column 'Hugo'.*did you mean 'hugo'.*`gene_c"):
+    with pytest.raises(
+        InputError, match=r"screen\.h5ad: found no column 'Hugo'.*did you mean 'hugo'.*`gene_c"
+    ):
         read_screen(replace(source, gene_column="Hugo"))
     # An index of symbols gives way to the column that is named, too.
     adata.var_names = ["a", "b", "c", "d"]

@@ -4,6 +4,7 @@ import gzip
 from dataclasses import replace
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -255,6 +256,31 @@ def test_a_truncated_h5ad_is_one_message_wherever_it_ends(tmp_path):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(InputError, match=r"x\.h5ad: found (an empty file|a file that HDF5 cannot open)"):
             read_screen(ScreenSource("toy", str(path)))
+
+
+@pytest.mark.parametrize(
+    "part", ["X/indices", "X/indptr", "X:shape", "obs/_index", "obs:column-order", "var/_index"]
+)
+@pytest.mark.filterwarnings("ignore:Moving element:FutureWarning")
+@pytest.mark.parametrize("damage", ["lost", "group", "text"])
+def test_an_h5ad_with_a_damaged_part_is_one_message_with_its_name(tmp_path, part, damage):
+    path = tmp_path / "x.h5ad"
+    counts = sparse.csr_matrix(np.array([[1, 0], [2, 3]], dtype=np.float32))
+    ad.AnnData(counts, pd.DataFrame(index=["a", "b"]), pd.DataFrame(index=["A", "B"])).write_h5ad(path)
+    name, _, attribute = part.partition(":")
+    with h5py.File(path, "a") as file:
+        if attribute:
+            del file[name].attrs[attribute]
+            if damage != "lost":
+                file[name].attrs[attribute] = "broken"
+        else:
+            del file[name]
+            if damage == "group":
+                file.create_group(name)
+            elif damage == "text":
+                file[name] = "broken"
+    with pytest.raises(InputError, match=r"x\.h5ad: found "):
+        read_screen(ScreenSource("toy", str(path)))
 
 
 @pytest.mark.parametrize("entries", [1, 4, None])

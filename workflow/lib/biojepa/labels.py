@@ -28,7 +28,7 @@ CONTROL_SYNONYMS = frozenset(
         "neg_control",
     }
 )
-# What files write where a label or a guide is missing, ``NA`` of R among them. Compared without regard to case.
+# What files write where a label or a guide is missing, ``NA`` of R among them; in whatever case.
 MISSING_LABELS = frozenset(
     {"", "na", "n/a", "<na>", "#n/a", "nan", "none", "null", "unassigned", "unknown", "ambiguous", "*"}
 )
@@ -47,7 +47,7 @@ def is_control_name(name: str, controls: Sequence[str] = ()) -> bool:
 
 
 def is_missing(raw: object) -> bool:
-    """Tell whether a field of a table names nothing: it is empty, or says in a usual way that it is missing."""
+    """Tell whether a field of a table names nothing: it is empty, or says so in a usual way."""
     if raw is None or (isinstance(raw, float) and math.isnan(raw)):
         return True
     return str(raw).strip().casefold() in MISSING_LABELS

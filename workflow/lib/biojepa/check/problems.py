@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from biojepa.errors import InputError, StoppedRun
+from biojepa.raw.parts import DAMAGE
 
 # What damaged files make readers raise, beside the errors that are meant for users.
-READING_ERRORS = (OSError, ValueError, KeyError, EOFError, zlib.error)
+READING_ERRORS = (OSError, *DAMAGE, EOFError, zlib.error)
 
 
 class Problems:

@@ -66,8 +66,8 @@ class CellTable:
     Parameters
     ----------
     obs
-        Columns of the contract (``library_size`` is NaN where unknown), ``n_counts``, ``n_genes``, ``pct_mito`` and ``status``
-        (assigned, no_guide, too_many_guides); ``perturbation`` is None where unknown.
+        Columns of the contract, ``n_counts``, ``n_genes``, ``pct_mito`` and ``status`` (assigned, no_guide,
+        too_many_guides); ``perturbation`` is None and ``library_size`` NaN where unknown.
     missing_filter
         Name of the filter that drops cells without a perturbation: no_guide or unlabelled.
     notes

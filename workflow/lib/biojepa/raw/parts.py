@@ -10,8 +10,11 @@ from pathlib import Path
 import h5py
 import pandas as pd
 
-from biojepa.errors import InputError
+from biojepa.errors import InputError, StoppedRun
 from biojepa.raw.matrix import CompressedRows, Entries, RowBlocks, rows_from_entries
+
+# What h5py and anndata raise, beside OSError, where a part of a file is missing or of another kind.
+DAMAGE = (KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError)
 
 
 @dataclass
@@ -79,15 +82,26 @@ def open_hdf5(path: Path, how: Reading) -> h5py.File:
 
 @contextmanager
 def damage_told(path: Path) -> Iterator[None]:
-    """Turn what HDF5 says of a damaged file into a message for its user."""
+    """Turn what HDF5 says of a damaged file into a message for its user.
+
+    Raises
+    ------
+    InputError
+        When a part cannot be unpacked, is missing, or is of another kind than it should be.
+    """
     try:
         yield
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) or error.errno is not None:
+    except (InputError, StoppedRun):
+        raise
+    except (OSError, *DAMAGE) as error:
+        if isinstance(error, OSError) and (isinstance(error, FileNotFoundError) or error.errno is not None):
             raise
+        by_hdf5 = isinstance(error, OSError)
         raise InputError(
             path,
-            f"a part that HDF5 cannot read ({error})",
+            f"a part that HDF5 cannot read ({error})"
+            if by_hdf5
+            else f"a part that cannot be read ({type(error).__name__}: {error})",
             "a complete file",
             "delete it and download it again",
         ) from error

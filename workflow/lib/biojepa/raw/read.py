@@ -234,7 +234,8 @@ def open_screen(
         how = Reading(stack, scratch, entries, most, tables_only)
         # A matrix of guides in the same folder is no sample of it.
         apart = [source.guide_counts] if source.guide_counts else []
-        form, why = detect_format(source, how)
+        with damage_told(path):
+            form, why = detect_format(source, how)
         log.info("%s is read as %s: %s", path, form, why)
         with damage_told(path):
             parts = (

@@ -216,10 +216,10 @@ def _mtx_entries(path: Path, n_entries: int, entries: int | None) -> Iterator[En
         for block in blocks:
             values = block["count"].to_numpy()
             if not are_counts(values):
-                if np.isnan(values).any() and (line := _short_line(path)):
+                if np.isnan(values).any() and (short := _short_line(path)):
                     raise InputError(
                         path,
-                        f"line {line} incomplete: fewer than three numbers",
+                        f"line {short} incomplete: fewer than three numbers",
                         "feature, barcode and count in every line of a complete matrix.mtx",
                         "the file was cut off: fetch it again",
                     )
@@ -234,14 +234,14 @@ def _mtx_entries(path: Path, n_entries: int, entries: int | None) -> Iterator[En
 
 def _short_line(path: Path) -> int:
     """Return the number of the first entry of a coordinate matrix without its three numbers; 0 for none."""
-    sizes = False
+    found_sizes = False
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.startswith(b"%") or not line.strip():
                 continue
-            if sizes and len(line.split()) < 3:
+            if found_sizes and len(line.split()) < 3:
                 return number
-            sizes = True
+            found_sizes = True
     return 0
 
 
