@@ -261,7 +261,7 @@ def test_a_truncated_h5ad_is_one_message_wherever_it_ends(tmp_path):
 @pytest.mark.parametrize(
     "part", ["X/indices", "X/indptr", "X:shape", "obs/_index", "obs:column-order", "var/_index"]
 )
-@pytest.mark.filterwarnings("ignore:Moving element:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Element")
 @pytest.mark.parametrize("damage", ["lost", "group", "text"])
 def test_an_h5ad_with_a_damaged_part_is_one_message_with_its_name(tmp_path, part, damage):
     path = tmp_path / "x.h5ad"
