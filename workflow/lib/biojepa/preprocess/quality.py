@@ -21,12 +21,12 @@ from biojepa.guides import ASSIGNED, NO_GUIDE, TOO_MANY_GUIDES, GuideAssignment
 from biojepa.guides.settings import MIXTURE, THRESHOLD
 from biojepa.labels import genes_of
 from biojepa.preprocess.annotate import (
-    CellTable,
     MANY_GUIDES_FIX,
-    NO_LIBRARY_SIZE,
     N_GENES,
+    NO_LIBRARY_SIZE,
     PCT_MITO,
     STATUS,
+    CellTable,
     said_of_many_guides,
 )
 from biojepa.preprocess.settings import PreprocessSettings
