@@ -11,14 +11,9 @@ from scipy import sparse, stats
 from biojepa.contracts import GUIDE_TABLE_COLUMNS
 from biojepa.files import read_tsv
 from biojepa.preprocess import PreprocessSettings, preprocess_screen, write_preprocessed
+from biojepa.preprocess.batch_effects import CENTRE_CELLS, BatchCentred, permute_within
 from biojepa.preprocess.effects import energy_distance
-from biojepa.preprocess.guide_agreement import (
-    CENTRE_CELLS,
-    BatchCentred,
-    Moments,
-    compare_siblings,
-    permute_within,
-)
+from biojepa.preprocess.guide_agreement import Moments, compare_siblings
 from biojepa.raw import ScreenSource
 from biojepa.raw import matrix as matrix_module
 
@@ -193,6 +188,9 @@ def test_one_batch_by_name_is_as_none(result):
     screen.obs["lane"] = "one"
     named = preprocess_screen(screen, replace(SOURCE, batch_column="lane"), SETTINGS)
     pd.testing.assert_frame_equal(named.guides, result.guides, check_exact=True)
+    pd.testing.assert_frame_equal(named.perturbations, result.perturbations, check_exact=True)
+    posterior = [made.cells.obs.get("responding_posterior") for made in (named, result)]
+    np.testing.assert_array_equal(*posterior)
 
 
 def test_the_table_has_every_guide_and_what_it_did_to_its_target(result):

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from biojepa.contracts import (
-    BATCH,
     CONTROL,
     FLAG_DISCORDANT_GUIDE,
     FLAG_NON_RESPONDING,
@@ -31,7 +30,6 @@ from biojepa.preprocess.cell_cycle import (
 )
 from biojepa.preprocess.effects import JOIN, SIGNIFICANT, Effects, sample_rows
 from biojepa.preprocess.guide_agreement import (
-    BatchCentred,
     differing,
     discordant_guides,
     guide_table,
@@ -100,14 +98,13 @@ def describe_screen(
         effects.sample[CONTROL],
         sample_rows(effects.control, CONTROL_CELLS, settings.seed, "responding cells"),
     )
-    also = [control, *(rows for rows_of in compared.values() for rows in rows_of.values())]
-    perturbations, scores = effects.describe(expression, also, [cycle] if cycle else [])
+    also = [rows for rows_of in compared.values() for rows in rows_of.values()]
+    perturbations, scores = effects.describe(expression, control, also, [cycle] if cycle else [])
     columns: dict[str, np.ndarray | pd.Categorical] = dict(cycle.columns()) if cycle else {}
     columns.update(effects.flag_cells(perturbations))
 
     weak = effects.weak_guides
-    centred = BatchCentred(scores, obs[BATCH], control)
-    table = guide_table(guides, compared, centred, control, effects.target, weak, perturbations, settings)
+    table = guide_table(guides, compared, scores, control, effects.target, weak, perturbations, settings)
     discordant = discordant_guides(table)
     columns[FLAG_DISCORDANT_GUIDE] = _carries(obs, discordant)
     disagree = perturbations[PERTURBATION].isin(set(table.loc[differing(table), PERTURBATION]))

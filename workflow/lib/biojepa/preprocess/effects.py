@@ -26,6 +26,7 @@ from scipy.stats import false_discovery_control, norm, ttest_ind_from_stats
 from sklearn.decomposition import PCA
 
 from biojepa.contracts import (
+    BATCH,
     CONTROL,
     GUIDE_ID,
     N_PERTURBED_GENES,
@@ -35,6 +36,7 @@ from biojepa.contracts import (
 )
 from biojepa.guides import GUIDE_JOIN
 from biojepa.labels import genes_of
+from biojepa.preprocess.batch_effects import BatchCentred, control_weights, permute_within
 from biojepa.preprocess.settings import PreprocessSettings
 from biojepa.raw.matrix import CompressedRows, RowBlocks
 
@@ -100,8 +102,12 @@ class Effects:
         self._changed.add(first, expression)
 
     def describe(
-        self, expression: RowBlocks, also: Iterable[np.ndarray] = (), readers: Iterable[Reader] = ()
-    ) -> tuple[pd.DataFrame, Scores]:
+        self,
+        expression: RowBlocks,
+        centre: np.ndarray,
+        also: Iterable[np.ndarray] = (),
+        readers: Iterable[Reader] = (),
+    ) -> tuple[pd.DataFrame, BatchCentred]:
         """Return the rows of perturbations.tsv, one per perturbation in sorted order, without the control.
 
         For combinations, ``target_measured``, ``on_target_log2fc`` and ``on_target_p`` hold one value
@@ -111,6 +117,8 @@ class Effects:
         ----------
         expression
             All cells that were added, to be read again.
+        centre
+            Control cells that say where their batch lies, those of the effect sizes among them.
         also
             Cells of which scores are wanted beside those in which effects are measured.
         readers
@@ -118,18 +126,20 @@ class Effects:
 
         Returns
         -------
-        The table, in which ``responding_share`` is missing, and the scores in principal components.
+        The table, in which ``responding_share`` is missing, and the scores in principal components less the
+        mean of their batch.
         """
         settings, sample = self._settings, self.sample
         self._changed.end_pass()
-        scores = Scores(self._components, np.unique(np.concatenate([*sample.values(), *also])))
+        scores = Scores(self._components, np.unique(np.concatenate([*sample.values(), centre, *also])))
         shown: list[Reader] = [scores, self._changed, *readers]
         for first, block in expression.blocks():
             for reader in shown:
                 reader.add(first, block)
         self._changed.end_pass()
         degs = self._changed.count(expression)
-        sizes = effect_sizes(scores, sample, settings)
+        centred = BatchCentred(scores, self._obs[BATCH], centre)
+        sizes = effect_sizes(centred, sample, settings)
         q_values = false_discovery_control([p for _, p in sizes.values()]) if sizes else np.array([])
         guides = self._obs[GUIDE_ID].astype(str).to_numpy()
         kinds = self._obs[PERTURBATION_TYPE].astype(str).to_numpy()
@@ -161,7 +171,7 @@ class Effects:
                     "flag": JOIN.join(_flags(q, len(named), changes, kinds[rows[0]])),
                 }
             )
-        return pd.DataFrame(table, columns=list(PERTURBATION_TABLE_COLUMNS)), scores
+        return pd.DataFrame(table, columns=list(PERTURBATION_TABLE_COLUMNS)), centred
 
     def mean_expression(self) -> np.ndarray:
         """Return the mean log-expression of each gene ``(genes,)`` over the cells that were added."""
@@ -362,20 +372,21 @@ class SampledRows:
 
 
 def effect_sizes(
-    scores: Scores, sample: Mapping[str, np.ndarray], settings: PreprocessSettings
+    scores: BatchCentred, sample: Mapping[str, np.ndarray], settings: PreprocessSettings
 ) -> dict[str, tuple[float, float]]:
     """Return energy distance to the control and its permutation p-value for each perturbation.
 
     Cells are compared in principal components of their log-expression, at most ``effect_cells`` of
-    a side. Sampling and permutations depend on seed and name alone, so that one perturbation more
-    does not change the others.
+    a side, within their batches where these hold controls enough. Sampling and permutations depend on seed
+    and name alone, so that one perturbation more does not change the others.
     """
     reference = scores.of(sample[CONTROL])
     found = {}
     for name, rows in sample.items():
         if name != CONTROL:
             rng = np.random.default_rng([settings.seed, zlib.crc32(name.encode()), 1])
-            found[name] = energy_test(scores.of(rows), reference, settings.permutations, rng)
+            strata = scores.strata_with_control(rows, sample[CONTROL])
+            found[name] = energy_test(scores.of(rows), reference, settings.permutations, rng, strata)
     return found
 
 
@@ -491,29 +502,58 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def energy_test(
-    x: np.ndarray, y: np.ndarray, permutations: int, rng: np.random.Generator
+    x: np.ndarray,
+    y: np.ndarray,
+    permutations: int,
+    rng: np.random.Generator,
+    strata: np.ndarray | None = None,
 ) -> tuple[float, float]:
-    """Return the energy distance and p = (1 + permutations at least as large) / (1 + permutations)."""
+    """Return the energy distance and p = (1 + permutations at least as large) / (1 + permutations).
+
+    With strata, cells are permuted within them, and the controls weigh so that each stratum has the share of
+    them that it has of the perturbed cells. The noise of a mean that is taken off a stratum then
+    does not matter, which it would as soon as it comes from the same controls.
+
+    Parameters
+    ----------
+    x, y
+        Perturbed cells ``(n, d)`` and controls ``(m, d)``.
+    permutations, rng
+        How many, and what draws them.
+    strata
+        ``(n + m,)`` of ``x`` and then of ``y``; a stratum of perturbed cells has controls. None: one.
+    """
     member = np.concatenate([np.ones(len(x)), np.zeros(len(y))])
-    shuffled = rng.permuted(np.tile(member, (permutations, 1)), axis=1)
-    distances = energy_of_splits(np.concatenate([x, y]), np.vstack([member, shuffled]))
+    weight = None if strata is None else control_weights(strata, len(x))
+    splits = np.vstack([member, permute_within(member, strata, permutations, rng)])
+    distances = energy_of_splits(np.concatenate([x, y]), splits, weight)
     observed, null = distances[0], distances[1:]
     return float(observed), float((1 + np.sum(null >= observed)) / (1 + permutations))
 
 
-def energy_of_splits(points: np.ndarray, member: np.ndarray) -> np.ndarray:
+def energy_of_splits(points: np.ndarray, member: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
     """Return energy distances ``(splits,)`` of splits ``(splits, cells)`` of points ``(cells, d)``.
 
     With squared Euclidean distances all pairwise means follow from the two means and the mean
-    squared norms, so no distance matrix is made.
+    squared norms, so no distance matrix is made. ``weight`` ``(cells,)`` is that of each cell where it is
+    not a member, with sum 1 in each split; None: all weigh the same.
     """
     points = points - points.mean(axis=0)
     norms = (points**2).sum(axis=1)
     n = member.sum(axis=1)
-    m = member.shape[1] - n
     sum_x, norm_x = member @ points, member @ norms
-    mean_x, mean_y = sum_x / n[:, None], (points.sum(axis=0) - sum_x) / m[:, None]
-    square_x, square_y = norm_x / n, (norms.sum() - norm_x) / m
+    if weight is None:
+        m = member.shape[1] - n
+        mean_y, square_y = (points.sum(axis=0) - sum_x) / m[:, None], (norms.sum() - norm_x) / m
+    else:
+        weighted = points * weight[:, None]
+        mean_y, square_y = (
+            weighted.sum(axis=0) - member @ weighted,
+            weight @ norms - member @ (weight * norms),
+        )
+        # As many cells of equal weight would have a mean as noisy.
+        m = 1 / ((weight**2).sum() - member @ weight**2)
+    mean_x, square_x = sum_x / n[:, None], norm_x / n
     between = square_x + square_y - 2 * (mean_x * mean_y).sum(axis=1)
     within_x = 2 * n / (n - 1) * (square_x - (mean_x**2).sum(axis=1))
     within_y = 2 * m / (m - 1) * (square_y - (mean_y**2).sum(axis=1))

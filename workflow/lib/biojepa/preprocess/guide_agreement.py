@@ -27,10 +27,10 @@ from scipy.stats import false_discovery_control
 from biojepa.contracts import CONTROL, DISCORDANT, GUIDE_ID, GUIDE_TABLE_COLUMNS, PERTURBATION
 from biojepa.guides import GUIDE_JOIN
 from biojepa.labels import genes_of
+from biojepa.preprocess.batch_effects import BatchCentred, permute_within
 from biojepa.preprocess.effects import (
     JOIN,
     SIGNIFICANT,
-    Scores,
     TargetExpression,
     energy_of_splits,
     sample_rows,
@@ -43,12 +43,6 @@ MIN_AGREEMENT = 0.5
 FIRST = 100
 # Cosine from which two responses go the same way.
 SAME_WAY = 0.5
-# Controls that say where a batch lies. With fewer, all its cells whose scores are known say it, if these are
-# as many. A batch with fewer still is left where it is.
-CENTRE_CELLS = 20
-# Cells of a perturbation in a batch from which they are permuted among themselves. In a screen of hundreds of
-# batches, a perturbation has a cell or two in each, and within them nothing would be left to permute.
-STRATUM_CELLS = 10
 # Cells of a guide at most: enough to see half of a clear effect go missing, which is what the flag asks for.
 GUIDE_CELLS = 75
 WEAK_GUIDE = "weak"
@@ -73,53 +67,6 @@ class Moments:
         """Return the unbiased squared-Euclidean energy distance, which needs no more than moments."""
         between = float(((self.mean - other.mean) ** 2).sum())
         return 2 * (between - self.variance / self.n - other.variance / other.n)
-
-
-class BatchCentred:
-    """Scores of cells less the mean of their batch, so that batches no longer differ.
-
-    The mean is that over the controls of the batch, which no perturbation shifts, where they are
-    ``CENTRE_CELLS`` or more; else over all cells of the batch whose scores are known. With one batch, scores
-    are what they were.
-
-    Parameters
-    ----------
-    scores
-        Of some cells, in principal components.
-    batch
-        ``(cells,)`` batch of every cell.
-    control
-        Control cells whose scores are known.
-    """
-
-    def __init__(self, scores: Scores, batch: pd.Series, control: np.ndarray) -> None:
-        self._scores = scores
-        self._batch = batch.astype("category").cat.codes.to_numpy(dtype=np.int32)
-        everywhere = scores.of(control).mean(axis=0)
-        n_batches = int(self._batch.max()) + 1
-        self._shift = np.zeros((n_batches, len(everywhere)))
-        if n_batches == 1:
-            return
-        of_control, of_all = self._by_batch(control), self._by_batch(scores.rows)
-        for code in range(n_batches):
-            rows = of_control[code] if len(of_control[code]) >= CENTRE_CELLS else of_all[code]
-            if len(rows) >= CENTRE_CELLS:
-                self._shift[code] = scores.of(rows).mean(axis=0) - everywhere
-
-    def _by_batch(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Return which of the rows are of each batch."""
-        code = self._batch[rows]
-        ends = np.cumsum(np.bincount(code, minlength=len(self._shift)))
-        return np.split(rows[np.argsort(code, kind="stable")], ends[:-1])
-
-    def of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the scores of some of the cells ``(len(rows), components)``."""
-        return self._scores.of(rows) - self._shift[self._batch[rows]]
-
-    def strata(self, rows: np.ndarray) -> np.ndarray:
-        """Return within what the cells may be permuted ``(len(rows),)``: batches, small ones together."""
-        code = self._batch[rows]
-        return np.where(np.bincount(code)[code] >= STRATUM_CELLS, code, -1)
 
 
 def guides_of(obs: pd.DataFrame) -> Guides:
@@ -223,18 +170,6 @@ def compare_siblings(
             "p": (1 + as_large[number]) / (1 + made[number]),
         }
     return table
-
-
-def permute_within(
-    code: np.ndarray, strata: np.ndarray | None, n: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Return ``n`` permutations ``(n, cells)`` of ``code`` ``(cells,)`` within strata ``(cells,)``."""
-    permuted = np.tile(code, (n, 1))
-    strata = np.zeros(len(code), dtype=np.int64) if strata is None else strata
-    for stratum in np.unique(strata):
-        here = np.flatnonzero(strata == stratum)
-        permuted[:, here] = rng.permuted(permuted[:, here], axis=1)
-    return permuted
 
 
 def is_more_of(own: float, others: float, between: float) -> bool:

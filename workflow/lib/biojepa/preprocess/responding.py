@@ -31,7 +31,7 @@ import numpy as np
 from scipy import sparse
 from scipy.special import expit
 
-from biojepa.preprocess.effects import Scores
+from biojepa.preprocess.batch_effects import BatchCentred
 from biojepa.raw.matrix import RowBlocks
 
 FOLDS = 5
@@ -219,7 +219,7 @@ class Responding:
     control
         Control cells whose scores are known, sorted.
     scores
-        In principal components.
+        In principal components, less the mean of the batch.
     n_cells
         All cells of the screen.
     seed
@@ -231,7 +231,7 @@ class Responding:
         rows_of: Mapping[str, np.ndarray],
         sample: Mapping[str, np.ndarray],
         control: np.ndarray,
-        scores: Scores,
+        scores: BatchCentred,
         n_cells: int,
         seed: int,
     ) -> None:
@@ -267,7 +267,8 @@ class Responding:
         if not (owner >= 0).any():
             return
         lines = list(self._lines.values())
-        weights, column, shift = self._scores.weights_of(np.stack([line.direction for line in lines]))
+        directions = np.stack([line.direction for line in lines])
+        weights, column, shift = self._scores.weights_of(directions)
         shift = shift + np.array([line.start + line.middle for line in lines])
         sd = np.array([line.sd for line in lines])
         for first, block in expression.blocks(owner >= 0):
@@ -275,7 +276,8 @@ class Responding:
             if len(wanted):
                 code = owner[first + wanted]
                 product = row_products(block[wanted], weights, column, code)
-                self._place[first + wanted] = (product - shift[code]) / sd[code]
+                of_batch = (self._scores.shift_of(first + wanted) * directions[code]).sum(axis=1)
+                self._place[first + wanted] = (product - shift[code] - of_batch) / sd[code]
 
     def posteriors(self) -> tuple[np.ndarray, dict[str, float]]:
         """Return the probability to respond ``(cells,)``, missing where none can be told, and shares.

@@ -221,13 +221,13 @@ def effect_ranking(table: pd.DataFrame, permutations: int | None = None) -> Figu
     hover = "effect %{y:.3f}, q %{customdata[2]}<br>%{customdata[1]} cells, %{customdata[3]} changed genes"
     caption = Caption(
         title="Ranking of effects",
-        shows="Unbiased energy distance between a perturbation and control cells, strongest first.",
+        shows="Unbiased energy distance between a perturbation and control cells of its batches, strongest first.",
         read="A few strong perturbations, then a shoulder, then a floor around 0. Known strong genes should "
         "be at the top; grey ones cannot be told from control.",
         n=f"{format_count(clear)} of {format_count(len(rows))} have a detectable effect{_drawn(rows)}",
         thresholds="q < 0.05, permutation test, Benjamini–Hochberg over perturbations"
         + _smallest_q(rows, permutations),
-        misleads="A strong effect may be that of a batch, of dying cells or of an off-target of one guide.",
+        misleads="A strong effect may be that of dying cells or of an off-target of one guide.",
     )
     spec = {"data": _by_effect(rows, "effect_size", hover), "layout": layout}
     return Figure("effect-ranking", {"": spec}, caption, height=360)
@@ -288,7 +288,8 @@ def changed_genes(table: pd.DataFrame) -> Figure | None:
         + _drawn(rows),
         thresholds="Welch's t against control, Benjamini–Hochberg over the genes of a perturbation, q < 0.05",
         misleads="The number grows with the cells: of two equal effects, the one with more cells changes "
-        "more genes significantly.",
+        "more genes significantly. Not adjusted for batch: where a perturbation is not spread over batches "
+        "as the controls are, genes that differ between batches count.",
     )
     hover = "%{y:,} changed genes, %{customdata[1]} cells, q %{customdata[2]}"
     spec = {"data": _by_effect(rows, "n_deg", hover), "layout": layout}
