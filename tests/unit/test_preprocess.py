@@ -41,6 +41,7 @@ from biojepa.preprocess.effects import (
     group_by_label,
     principal_components,
     rank_test,
+    weak_guides,
 )
 from biojepa.preprocess.normalize import log_normalize
 from biojepa.preprocess.quality import mad_outliers
@@ -343,6 +344,28 @@ def test_flags_say_what_is_weak():
     assert len(weak) == 75
     bad = result.cells.obs.loc[result.cells.obs["flag_weak_guide"], "guide_id"]
     assert set(bad) == {"G3_g0", "G3_g1", "G3_g2"}
+
+
+@pytest.mark.parametrize(("left", "lowest", "highest"), [(0.5, 0.0, 0.01), (2**-0.5, 0.0, 0.07), (1, 0.6, 1)])
+def test_a_guide_is_weak_only_where_its_cells_show_it(left, lowest, highest):
+    """Guides of 40 cells that leave a share of their target, which has two transcripts in a control."""
+    rng = np.random.default_rng(6)
+    n_guides, n_cells = 300, 40
+    control = rng.poisson(2, 2000)
+    counts = np.concatenate([control, rng.poisson(2 * left, n_guides * n_cells)])
+    label = np.repeat(["control", "G"], [2000, n_guides * n_cells])
+    guide = np.r_[np.repeat("", 2000), np.repeat([f"g{i}" for i in range(n_guides)], n_cells)]
+    obs = pd.DataFrame(
+        {"perturbation": label, "guide_id": guide, "perturbation_type": "CRISPRi", "n_perturbed_genes": 1}
+    )
+    settings = PreprocessSettings(target_sum=10_000)
+    target = TargetExpression(
+        {"G": np.flatnonzero(label == "G")}, np.arange(2000), pd.Index(["G"]), len(obs), settings
+    )
+    target.add(0, sparse.csr_matrix(np.log1p(counts[:, None].astype(np.float32))))
+    share = len(weak_guides(obs, target, 20)) / n_guides
+    assert lowest <= share <= highest
+    assert not weak_guides(obs, target, n_cells + 1)
 
 
 def test_an_activated_target_that_falls_is_flagged():

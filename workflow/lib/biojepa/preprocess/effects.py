@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from scipy.stats import false_discovery_control, norm, ttest_ind_from_stats
+from scipy.stats import false_discovery_control, norm, t, ttest_ind_from_stats
 from sklearn.decomposition import PCA
 
 from biojepa.contracts import (
@@ -48,8 +48,9 @@ EXPECTED_SIGN = {"CRISPRi": -1, "CRISPRa": 1}
 WEAK, ONE_GUIDE, UNCHANGED, WRONG_WAY = "weak", "one_guide", "target_unchanged", "target_wrong_direction"
 FLAG_WEAK, FLAG_WEAK_GUIDE = "flag_weak_perturbation", "flag_weak_guide"
 # A guide is weak when it leaves more than 2^-0.5 = 71 % of its target (CRISPRi), or raises it by
-# less than 41 % (CRISPRa), and enough transcripts were expected to tell.
+# less than 41 % (CRISPRa), by a one-sided test, and enough transcripts were expected to tell.
 WEAK_GUIDE_LOG2FC = 0.5
+WEAK_GUIDE_P = 0.05
 MIN_EXPECTED_DETECTIONS = 10
 # Genes and cells that set the principal components; more changes an effect size by less than its noise.
 PCA_GENES, PCA_CELLS = 2_000, 10_000
@@ -196,7 +197,7 @@ class Effects:
     @cached_property
     def weak_guides(self) -> set[str]:
         """Guides whose target hardly changes; all cells must have been added."""
-        return weak_guides(self._obs, self.target)
+        return weak_guides(self._obs, self.target, self._settings.min_cells_per_guide)
 
 
 def group_by_label(labels: pd.Series) -> dict[str, np.ndarray]:
@@ -306,6 +307,35 @@ class TargetExpression:
         """Return the log2 fold change of means per 10,000 of a target of these cells."""
         control = self._total[self._column[gene]] / self._n_control * self._scale
         return float(np.log2((self._values(gene, rows).mean() + PSEUDO_CP10K) / (control + PSEUDO_CP10K)))
+
+    def changes_less(self, gene: str, rows: np.ndarray, log2fc: float, level: float) -> bool:
+        """Tell whether a target of these cells surely changes by less than ``log2fc``, in its direction.
+
+        One-sided Welch's t of the mean per 10,000 against the control's times 2^``log2fc``, with variances
+        of both groups no smaller than that of the sampled controls: a few cells that all miss a transcript,
+        or all have one, have no variance.
+
+        Parameters
+        ----------
+        gene
+            A target of these cells.
+        rows
+            Two cells or more, of one label.
+        log2fc
+            Limit; below 0, whether the target falls by less is asked.
+        level
+            Of the test.
+        """
+        detected, n_control = self._control_values(gene)
+        mean = detected.sum() / n_control
+        control_variance = float(((detected - mean) ** 2).sum() + (n_control - len(detected)) * mean**2)
+        control_variance /= max(n_control - 1, 1)
+        values, ratio = self._values(gene, rows), 2.0**log2fc
+        limit = (self._total[self._column[gene]] / self._n_control * self._scale + PSEUDO_CP10K) * ratio
+        noise = max(float(values.var(ddof=1)), control_variance) / len(values)
+        error = np.sqrt(noise + ratio**2 * control_variance / self._n_control)
+        beyond = (values.mean() + PSEUDO_CP10K - limit) * -np.sign(log2fc)
+        return bool(beyond > t.isf(level, len(values) - 1) * error)
 
     def detected_in_control(self, gene: str) -> float:
         """Return the share of the control cells in which a gene is detected."""
@@ -672,8 +702,12 @@ def _significant_genes(
     return np.asarray(false_discovery_control(np.nan_to_num(p, nan=1.0)) < SIGNIFICANT)
 
 
-def weak_guides(obs: pd.DataFrame, target: TargetExpression) -> set[str]:
-    """Return the guides whose target hardly changes although enough transcripts were expected."""
+def weak_guides(obs: pd.DataFrame, target: TargetExpression, min_cells: int) -> set[str]:
+    """Return the guides whose target surely changes by less than a guide that works would change it.
+
+    Guides in fewer cells than ``min_cells``, and those of which too few transcripts were expected, are not
+    judged.
+    """
     single = ((obs[N_PERTURBED_GENES] == 1) & (obs[GUIDE_ID] != "")).to_numpy()
     names = [PERTURBATION, GUIDE_ID, PERTURBATION_TYPE]
     numbered = pd.DataFrame({name: obs[name].astype(str) for name in names}).assign(row=np.arange(len(obs)))
@@ -681,11 +715,12 @@ def weak_guides(obs: pd.DataFrame, target: TargetExpression) -> set[str]:
     for key, group in numbered[single].groupby(names):
         gene, guide, kind = (str(part) for part in key)
         sign = EXPECTED_SIGN.get(kind, 0)
-        if not sign or gene not in target or GUIDE_JOIN in guide:
+        if not sign or gene not in target or GUIDE_JOIN in guide or len(group) < min_cells:
             continue
         expected = target.detected_in_control(gene) * len(group)
         if expected < MIN_EXPECTED_DETECTIONS:
             continue
-        if sign * target.log2fc(gene, group["row"].to_numpy()) < WEAK_GUIDE_LOG2FC:
+        limit = sign * WEAK_GUIDE_LOG2FC
+        if target.changes_less(gene, group["row"].to_numpy(), limit, WEAK_GUIDE_P):
             found.add(guide)
     return found

@@ -51,7 +51,8 @@ class PreprocessSettings:
     cell_cycle
         Whether to score S phase and G2/M, where the screen has five genes or more of each.
     min_cells_per_guide
-        Fewest cells of a guide for it to be compared with the other guides of its perturbation.
+        Fewest cells of a guide for it to be compared with the other guides of its perturbation,
+        or called weak.
     responding_cells
         Whether to tell, for perturbations with a clear effect, which cells respond.
     seed

@@ -221,7 +221,7 @@ def effect_ranking(table: pd.DataFrame, permutations: int | None = None) -> Figu
     hover = "effect %{y:.3f}, q %{customdata[2]}<br>%{customdata[1]} cells, %{customdata[3]} changed genes"
     caption = Caption(
         title="Ranking of effects",
-        shows="Unbiased energy distance between a perturbation and control cells of its batches, strongest first.",
+        shows="Unbiased energy distance between a perturbation and controls of its batches, strongest first.",
         read="A few strong perturbations, then a shoulder, then a floor around 0. Known strong genes should "
         "be at the top; grey ones cannot be told from control.",
         n=f"{format_count(clear)} of {format_count(len(rows))} have a detectable effect{_drawn(rows)}",
