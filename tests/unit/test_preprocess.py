@@ -41,6 +41,7 @@ from biojepa.preprocess.effects import (
     group_by_label,
     principal_components,
     rank_test,
+    targeting_guides,
     weak_guides,
 )
 from biojepa.preprocess.normalize import log_normalize
@@ -281,7 +282,7 @@ def test_guides_give_the_labels_where_the_file_has_none(tmp_path):
     assert row(result.qc, "filter", "no_guide")["cells_removed"] == 75
     assert row(result.qc, "filter", "too_many_guides")["cells_removed"] == 5
     pair = row(result.perturbations, "perturbation", "G1+G2")
-    assert (pair["n_guides"], pair["guides"]) == (2, "G1_g1;G2_g1")
+    assert (pair["n_guides"], pair["guides"]) == (1, "G1_g1;G2_g1")
 
     low = preprocess_screen(screen, source, SETTINGS)
     assert low.cells.obs["perturbation"].value_counts().to_dict() == {"control": 100, "G0": 60}
@@ -328,6 +329,31 @@ def test_unmeasured_targets_leave_their_place_empty():
     assert pair["target_measured"] == "False;True"
     assert pair["on_target_log2fc"].startswith(";")
     assert row(table, "perturbation", "GONE")["on_target_log2fc"] == ""
+
+
+def test_guides_of_the_control_and_of_other_genes_do_not_count():
+    cells = [
+        ("control", "n1"),
+        ("control", "n2;n3"),
+        ("A", "a1;n1"),
+        ("A", "a2;n2"),
+        ("B", "b1"),
+        ("A+B", "a1;b1"),
+        ("A+B", "a2;b1"),
+        ("C+D", "c1;d1"),
+        ("E+F", "both1"),
+        ("E+F", "both2"),
+        ("G", ""),
+    ]
+    found = targeting_guides(pd.DataFrame(cells, columns=["perturbation", "guide_id"]))
+    assert found == {
+        "A": (2, ["a1", "a2"]),
+        "B": (1, ["b1"]),
+        "A+B": (1, ["a1", "a2", "b1"]),
+        "C+D": (1, ["c1", "d1"]),
+        "E+F": (2, ["both1", "both2"]),
+        "G": (0, []),
+    }
 
 
 def test_flags_say_what_is_weak():

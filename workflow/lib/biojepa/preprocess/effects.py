@@ -142,12 +142,12 @@ class Effects:
         centred = BatchCentred(scores, self._obs[BATCH], centre)
         sizes = effect_sizes(centred, sample, settings)
         q_values = false_discovery_control([p for _, p in sizes.values()]) if sizes else np.array([])
-        guides = self._obs[GUIDE_ID].astype(str).to_numpy()
+        guides = targeting_guides(self._obs)
         kinds = self._obs[PERTURBATION_TYPE].astype(str).to_numpy()
 
         table = []
         for (name, rows), q in zip(self.rows.items(), q_values, strict=True):
-            named = {guide for joined in set(guides[rows]) for guide in joined.split(GUIDE_JOIN) if guide}
+            n_guides, named = guides[name]
             genes = genes_of(name)
             changes = [self.target.change(gene, rows) for gene in genes]
             size, p = sizes[name]
@@ -157,7 +157,7 @@ class Effects:
                     PERTURBATION: name,
                     N_PERTURBED_GENES: len(genes),
                     "n_cells": len(rows),
-                    "n_guides": len(named),
+                    "n_guides": n_guides,
                     "guides": GUIDE_JOIN.join(sorted(named)),
                     "target_measured": JOIN.join(str(change is not None) for change in changes),
                     "on_target_log2fc": JOIN.join("" if c is None else f"{c[0]:.6g}" for c in changes),
@@ -169,7 +169,7 @@ class Effects:
                     "top_gene": "" if top is None else str(self._genes[top]),
                     "top_gene_share": share,
                     "responding_share": np.nan,
-                    "flag": JOIN.join(_flags(q, len(named), changes, kinds[rows[0]])),
+                    "flag": JOIN.join(_flags(q, n_guides, changes, kinds[rows[0]])),
                 }
             )
         return pd.DataFrame(table, columns=list(PERTURBATION_TABLE_COLUMNS)), centred
@@ -206,6 +206,42 @@ def group_by_label(labels: pd.Series) -> dict[str, np.ndarray]:
     ends = np.cumsum(np.bincount(codes, minlength=len(names)))
     parts = np.split(np.argsort(codes, kind="stable"), ends[:-1])
     return dict(zip(map(str, names), parts, strict=True))
+
+
+def targeting_guides(obs: pd.DataFrame) -> dict[str, tuple[int, list[str]]]:
+    """Return for each perturbation how many guides it has, and their names, sorted.
+
+    Guides of control cells target nothing and do not count. What another guide targets is told by the
+    labels of the cells that carry it: the genes that all of them share. The number is that of the gene with
+    fewest guides; where cells carry a guide for each gene and it is not known which is for which, at most the
+    guides divided by the genes.
+
+    Parameters
+    ----------
+    obs
+        Of all cells: ``perturbation`` and ``guide_id``.
+    """
+    pairs = obs[[PERTURBATION, GUIDE_ID]].astype(str).drop_duplicates()
+    carried: dict[str, list[set[str]]] = {}
+    for label, joined in pairs.itertuples(index=False):
+        carried.setdefault(label, []).append(set(joined.split(GUIDE_JOIN)) - {""})
+    of_control = set().union(*carried.get(CONTROL, []))
+    named = {
+        label: [guides - of_control for guides in sets] for label, sets in carried.items() if label != CONTROL
+    }
+    targets: dict[str, set[str]] = {}
+    for label, sets in named.items():
+        for guide in set().union(*sets):
+            targets[guide] = targets.get(guide, set(genes_of(label))) & set(genes_of(label))
+    found = {}
+    for label, sets in named.items():
+        genes, guides = genes_of(label), set().union(*sets)
+        # A guide that no gene is left for is one of each: what it targets cannot be told.
+        number = min(sum(gene in (targets[guide] or genes) for guide in guides) for gene in genes)
+        if max(map(len, sets)) >= len(genes):
+            number = min(number, len(guides) // len(genes))
+        found[label] = max(number, min(len(guides), 1)), sorted(guides)
+    return found
 
 
 def _flags(q: float, n_guides: int, changes: list[tuple[float, float] | None], kind: str) -> list[str]:

@@ -199,7 +199,7 @@ def _guides_figure(table: pd.DataFrame) -> Figure:
         + ("; orange ones cannot be." if one else "."),
         n=f"{format_count(len(table))} perturbations, {format_count(one)} with one guide",
         thresholds="flag one_guide",
-        misleads="A guide counts with a single cell. Combinations count the guides of all their genes.",
+        misleads="A guide counts with a single cell. Of a combination, the gene with fewest counts.",
     )
     return Figure("guides-per-perturbation", {"": spec}, caption, height=330)
 
