@@ -331,6 +331,18 @@ def test_unmeasured_targets_leave_their_place_empty():
     assert row(table, "perturbation", "GONE")["on_target_log2fc"] == ""
 
 
+def test_perturbations_with_few_guides_are_flagged_and_stay():
+    screen = toy()
+    guide = screen.obs["guide"].astype(str)
+    screen.obs["guide"] = guide.where(~guide.str.startswith("G0_"), "G0_g0")
+    result = preprocess_screen(screen, SOURCE, replace(SETTINGS, min_guides_per_perturbation=2))
+    few = result.cells.obs.groupby("perturbation", observed=True)["flag_few_guides"].agg(["min", "max"])
+    assert (few["min"] == few["max"]).all()
+    assert few.index[few["max"]].tolist() == ["G0"]
+    default = preprocess_screen(toy(), SOURCE, SETTINGS).cells.obs
+    assert not default["flag_few_guides"].any() and len(default) == len(result.cells.obs)
+
+
 def test_guides_of_the_control_and_of_other_genes_do_not_count():
     cells = [
         ("control", "n1"),

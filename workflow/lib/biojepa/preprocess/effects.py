@@ -47,6 +47,7 @@ PSEUDO_CP10K = 0.01
 EXPECTED_SIGN = {"CRISPRi": -1, "CRISPRa": 1}
 WEAK, ONE_GUIDE, UNCHANGED, WRONG_WAY = "weak", "one_guide", "target_unchanged", "target_wrong_direction"
 FLAG_WEAK, FLAG_WEAK_GUIDE = "flag_weak_perturbation", "flag_weak_guide"
+FLAG_FEW_GUIDES = "flag_few_guides"
 # A guide is weak when it leaves more than 2^-0.5 = 71 % of its target (CRISPRi), or raises it by
 # less than 41 % (CRISPRa), by a one-sided test, and enough transcripts were expected to tell.
 WEAK_GUIDE_LOG2FC = 0.5
@@ -179,18 +180,23 @@ class Effects:
         return self._components.mean_expression()
 
     def flag_cells(self, perturbations: pd.DataFrame) -> dict[str, np.ndarray]:
-        """Return flags of cells ``(cells,)``: perturbation without clear effect, guide that does not work.
+        """Return flags of cells ``(cells,)``: perturbation without effect or with few guides, guide weak.
+
+        Where no guide of a perturbation is known, it is not flagged for having few.
 
         A guide is judged by its target in cells of single perturbations by CRISPRi or CRISPRa; a
         knock-out need not change the transcript. Cells with several guides carry the flag of any of them.
         """
         weak = set(perturbations.loc[perturbations["effect_q"] >= SIGNIFICANT, PERTURBATION])
+        n_guides = perturbations["n_guides"]
+        few = (n_guides > 0) & (n_guides < self._settings.min_guides_per_perturbation)
         labels = self._obs[PERTURBATION].astype(str)
         guides = self._obs[GUIDE_ID].astype(str)
         bad = self.weak_guides
         by_guide = {joined: bool(bad & set(joined.split(GUIDE_JOIN))) for joined in guides.unique()}
         return {
             FLAG_WEAK: labels.isin(weak).to_numpy(),
+            FLAG_FEW_GUIDES: labels.isin(set(perturbations.loc[few, PERTURBATION])).to_numpy(),
             FLAG_WEAK_GUIDE: guides.map(by_guide).to_numpy(dtype=bool),
         }
 

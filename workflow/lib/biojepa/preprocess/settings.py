@@ -53,6 +53,8 @@ class PreprocessSettings:
     min_cells_per_guide
         Fewest cells of a guide for it to be compared with the other guides of its perturbation,
         or called weak.
+    min_guides_per_perturbation
+        Perturbations with fewer guides carry flag_few_guides, which removes nothing by itself.
     responding_cells
         Whether to tell, for perturbations with a clear effect, which cells respond.
     seed
@@ -74,6 +76,7 @@ class PreprocessSettings:
     effect_components: int = 50
     cell_cycle: bool = True
     min_cells_per_guide: int = 20
+    min_guides_per_perturbation: int = 1
     responding_cells: bool = True
     seed: int = 0
 
@@ -98,6 +101,7 @@ class PreprocessSettings:
             "effect_cells": 2,
             "effect_components": 1,
             "min_cells_per_guide": 2,
+            "min_guides_per_perturbation": 0,
             "seed": 0,
         }
         for name, low in lowest.items():
