@@ -165,7 +165,8 @@ def plain(folder: Path) -> Callable[[], None]:
         sizes = adata.obs["perturbation"].value_counts()
         few = sizes[sizes < settings.min_cells_per_perturbation].index
         adata = adata[~adata.obs["perturbation"].isin(few)].copy()
-        genes, _ = sc.pp.filter_genes(adata, min_cells=settings.min_cells_per_gene, inplace=False)
+        genes, n_cells = sc.pp.filter_genes(adata, min_cells=settings.min_cells_per_gene, inplace=False)
+        genes |= adata.var_names.isin(adata.obs["perturbation"]) & (n_cells > 0)
         adata.layers["counts"] = adata.X.astype(np.float32)
         adata.X = adata.X.astype(np.float32)
         sc.pp.normalize_total(adata, target_sum=settings.target_sum)

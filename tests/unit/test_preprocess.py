@@ -162,6 +162,19 @@ def test_every_lost_cell_is_in_exactly_one_row_of_the_funnel():
     assert "RARE (5)" in row(qc, "filter", "min_cells_per_perturbation")["note"]
 
 
+def test_a_perturbed_gene_stays_where_any_cell_has_it():
+    screen = toy()
+    counts = screen.X.toarray()
+    counts[:, [0, 3, 34]] = 0
+    counts[5, [0, 34]] = 2  # G0 is perturbed and G34 is not; G3 is perturbed, and in no cell
+    screen.X = sparse.csr_matrix(counts)
+    result = preprocess_screen(screen, SOURCE, replace(SETTINGS, min_cells_per_gene=3))
+    assert {"G0", "G3", "G34"} & set(result.cells.var_names) == {"G0"}
+    note = row(result.qc, "filter", "min_cells_per_gene")["note"]
+    assert note == "genes: 40 before, 2 removed, 38 after, among them 1 perturbed genes in fewer cells"
+    assert row(result.perturbations, "perturbation", "G0")["target_measured"] == "True"
+
+
 def test_mad_limits_agree_with_scipy_and_hold_within_a_batch():
     rng = np.random.default_rng(2)
     values = np.concatenate([rng.normal(0, 1, 500), rng.normal(100, 3, 500)])

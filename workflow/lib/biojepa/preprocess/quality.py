@@ -430,11 +430,17 @@ def count_detected(screen: RawScreen, keep: np.ndarray) -> np.ndarray:
 
 
 def filter_genes(
-    detected: np.ndarray, min_cells: int, funnel: Funnel, where: str, notes: Sequence[str] = ()
+    detected: np.ndarray,
+    min_cells: int,
+    funnel: Funnel,
+    where: str,
+    notes: Sequence[str] = (),
+    targets: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return which genes ``(genes,)`` are ``detected`` ``(genes,)`` in enough of the cells left.
 
-    What ``notes`` say of the names of genes stands in the line of the filter.
+    Of the perturbed genes, ``targets`` ``(genes,)``, one cell is enough: whether a perturbation took is seen
+    in its target, however rare. What ``notes`` say of the names of genes stands in the line of the filter.
 
     Raises
     ------
@@ -449,7 +455,11 @@ def filter_genes(
             "genes that are expressed",
             "lower preprocess.min_cells_per_gene, or check that the matrix holds counts of genes",
         )
+    rare = np.zeros(keep.size, dtype=bool) if targets is None else targets & ~keep & (detected > 0)
+    keep = keep | rare
     note = f"genes: {keep.size} before, {int((~keep).sum())} removed, {int(keep.sum())} after"
+    if rare.any():
+        note += f", among them {int(rare.sum())} perturbed genes in fewer cells"
     rule = f"≥ {min_cells} cells" if min_cells > 0 else OFF
     no_cell = np.zeros(funnel.keep.size, dtype=bool)
     funnel.drop("min_cells_per_gene", rule, no_cell, "; ".join([note, *notes]))

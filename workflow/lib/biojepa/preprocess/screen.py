@@ -28,6 +28,7 @@ from biojepa.contracts import (
     PERTURBATION_TYPE,
 )
 from biojepa.files import write_tsv
+from biojepa.labels import genes_of
 from biojepa.preprocess.annotate import (
     GUIDE_SHARE,
     GUIDE_UMIS,
@@ -178,7 +179,10 @@ def write_cells(
     table = annotate_cells(screen, source, settings.guide_assignment)
     funnel = filter_cells(screen, table, settings, where)
     detected = count_detected(screen, funnel.keep)
-    kept = filter_genes(detected, settings.min_cells_per_gene, funnel, where, screen.gene_notes)
+    labels = table.obs[PERTURBATION].iloc[np.flatnonzero(funnel.keep)].unique()
+    targets = screen.var.index.isin({gene for label in labels for gene in genes_of(str(label))})
+    fewest = settings.min_cells_per_gene
+    kept = filter_genes(detected, fewest, funnel, where, screen.gene_notes, targets)
     genes = np.flatnonzero(kept)
 
     obs = _contract_obs(table.obs.iloc[np.flatnonzero(funnel.keep)])

@@ -34,7 +34,8 @@ class PreprocessSettings:
         Perturbations with fewer cells are dropped, which also removes guide combinations that met
         by accident. The control needs as many.
     min_cells_per_gene
-        Genes detected in fewer of the cells that are left are dropped.
+        Genes detected in fewer of the cells that are left are dropped, but for perturbed genes that are
+        detected in any.
     doublets
         ``none`` or ``scrublet`` (per batch, one of more than 50,000 cells in random parts; about 10 s per
         10,000 cells).
