@@ -45,7 +45,7 @@ from biojepa.preprocess.effects import (
     weak_guides,
 )
 from biojepa.preprocess.normalize import log_normalize
-from biojepa.preprocess.quality import mad_outliers
+from biojepa.preprocess.quality import mad_limits, mad_outliers
 from biojepa.raw import GUIDE_COUNTS, GUIDE_NAMES, RawScreen, ScreenSource, read_screen
 from biojepa.raw import matrix as matrix_module
 
@@ -194,6 +194,24 @@ def test_mad_limits_agree_with_scipy_and_hold_within_a_batch():
     assert upper[3]
     assert not upper[700]
     assert not mad_outliers(np.array([1.0, 1, 1, 1, 9]), np.zeros(5), 5.0).any()
+
+
+def test_batches_of_few_cells_take_the_limits_of_all():
+    """Two of three cells are nearly alike, so that the third would go by their own MAD."""
+    rng = np.random.default_rng(3)
+    values = np.r_[rng.normal(5, 1, 200), 5.0, 5.01, 5.5, 30.0, rng.normal(8, 1, 50)]
+    batches = np.repeat(["large", "small", "enough"], [200, 4, 50])
+    limits = mad_limits(values, batches, 5.0)
+    for name, basis in (("small", values), ("large", values[:200]), ("enough", values[204:])):
+        spread = 5 * stats.median_abs_deviation(basis)
+        assert limits[name] == pytest.approx((np.median(basis) - spread, np.median(basis) + spread))
+    assert np.flatnonzero(mad_outliers(values, batches, 5.0)[200:204]).tolist() == [3]
+    screen = toy()
+    screen.obs["lane"] = np.where(np.arange(300) < 9, "small", "large")
+    source = replace(SOURCE, batch_column="lane")
+    qc = preprocess_screen(screen, source, replace(SETTINGS, mad_threshold=5.0)).qc
+    note = row(qc, "filter", "mad_counts")["note"]
+    assert note == "batches of fewer than 50 cells, judged by all cells together: 1"
 
 
 def test_mitochondrial_fraction_becomes_percent_and_percent_stays():

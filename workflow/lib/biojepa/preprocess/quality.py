@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 DOUBLET_SCORE = "doublet_score"
 OFF = "off"
 LIMIT_COLUMNS = ("metric", "batch", "limit_low", "limit_high")
+# The MAD of a few cells is noise; smaller batches get the limits of all cells.
+MIN_CELLS_FOR_LIMITS = 50
 # Scrublet needs neighbourhoods; below this a batch is left alone.
 MIN_CELLS_FOR_DOUBLETS = 100
 # A larger batch is dealt at random into parts, each scored on its own, so that memory and time are bounded.
@@ -212,6 +214,9 @@ def _filter_by_mad(funnel: Funnel, obs: pd.DataFrame, settings: PreprocessSettin
     batches = obs[BATCH].to_numpy()
     funnel.limits = cell_limits(obs, settings, funnel.keep)
     threshold = settings.mad_threshold
+    small = pd.Series(batches[funnel.keep]).value_counts()
+    n_small = int((small < MIN_CELLS_FOR_LIMITS).sum()) if len(small) > 1 else 0
+    note = f"batches of fewer than {MIN_CELLS_FOR_LIMITS} cells, judged by all cells together: {n_small}"
     # All three limits are taken from the same cells, so that their order does not matter.
     outliers = {
         name: np.zeros(len(obs), dtype=bool)
@@ -224,7 +229,7 @@ def _filter_by_mad(funnel: Funnel, obs: pd.DataFrame, settings: PreprocessSettin
             funnel.skip(name, no_mito if name == "mad_mito" else "")
         else:
             rule = f"{'≤' if side == 'upper' else 'within'} {threshold:g} MAD of the batch median"
-            funnel.drop(name, rule, outliers[name])
+            funnel.drop(name, rule, outliers[name], note if n_small else "")
 
 
 def mad_outliers(
@@ -239,7 +244,7 @@ def mad_outliers(
     The MAD is not scaled to a standard deviation: 5 MAD are 3.4 standard deviations of a normal
     distribution. Where more than half of a batch has the same value, the MAD is 0 and says nothing;
     no cell is an outlier then. NaN is never an outlier. ``among`` restricts the cells that set the
-    limits.
+    limits. Small batches are judged by all cells, see :func:`mad_limits`.
     """
     outlier = np.zeros(values.size, dtype=bool)
     for batch, (low, high) in mad_limits(values, batches, threshold, among).items():
@@ -253,14 +258,19 @@ def mad_outliers(
 def mad_limits(
     values: np.ndarray, batches: np.ndarray, threshold: float, among: np.ndarray | None = None
 ) -> dict[object, tuple[float, float]]:
-    """Return median ± threshold × MAD of each batch; a batch whose MAD is 0, or without values, has none."""
+    """Return median ± threshold × MAD of each batch; a batch whose MAD is 0, or without values, has none.
+
+    Batches with fewer than ``MIN_CELLS_FOR_LIMITS`` values take those of all cells together.
+    """
     among = np.ones(values.size, dtype=bool) if among is None else among
+    everywhere = values[among & np.isfinite(values)]
     limits: dict[object, tuple[float, float]] = {}
     codes, names = pd.factorize(batches)
     for code, name in enumerate(names):
         basis = values[(codes == code) & among & np.isfinite(values)]
         if not basis.size:
             continue
+        basis = basis if basis.size >= MIN_CELLS_FOR_LIMITS else everywhere
         median, spread = float(np.median(basis)), float(median_abs_deviation(basis))
         if spread > 0:
             limits[name] = (median - threshold * spread, median + threshold * spread)

@@ -29,7 +29,8 @@ class PreprocessSettings:
     mad_threshold
         Cells farther than this many median absolute deviations (unscaled) from the median of
         their batch are dropped: both sides for log1p library size and log1p detected genes, the
-        upper side for the mitochondrial share. None: off.
+        upper side for the mitochondrial share. Batches of fewer than 50 cells take the limits of
+        all cells. None: off.
     min_cells_per_perturbation
         Perturbations with fewer cells are dropped, which also removes guide combinations that met
         by accident. The control needs as many.
