@@ -2,7 +2,11 @@
 
 ``preprocess`` flags cells before anything is held out, so a flag may rest on cells that a fold holds out: a
 guide is judged in all single perturbations that carry it, and a perturbation in all contexts. Here a flag is
-used only where it rests on training cells and controls alone.
+used only where it rests on training cells and controls alone, with two exceptions. Whether an effect or a
+disagreement of guides is significant is corrected for the number of perturbations or guides by
+Benjamini–Hochberg over all of them (``effect_q``, ``q``), held-out ones included. And effects are measured in
+principal components of all cells. Both change where a flag falls by little, and no expression of a held-out
+cell goes into training by them.
 """
 
 from __future__ import annotations
