@@ -239,3 +239,20 @@ def test_in_papalexi_most_knock_outs_of_the_interferon_pathway_respond(real_data
     assert guides.loc["IRF1g1", "agreement"] < 0.7
     assert guides.loc[["IRF1g1", "IRF1g2"], "effect_size"].max() < 0.7
     assert guides.loc[["IRF1g3", "IRF1g4"], "effect_size"].min() > 2
+
+
+def test_cells_placed_later_lie_as_the_sampled_ones_do_in_every_batch():
+    """Half of the cells are of a lane in which the genes that tell who responds are changed, too."""
+    screen, responds = toy()
+    in_y = np.random.default_rng(8).random(len(responds)) < 0.5
+    counts = screen.X.toarray()
+    counts[np.ix_(in_y, range(20, 30))] *= 4
+    screen.X = sparse.csr_matrix(counts)
+    screen.obs["lane"] = np.where(in_y, "y", "x")
+    settings = replace(SETTINGS, effect_cells=60)
+    result = preprocess_screen(screen, replace(SOURCE, batch_column="lane"), settings)
+    posterior = result.cells.obs["responding_posterior"].to_numpy()
+    half = (screen.obs["gene"] == "HALF").to_numpy()
+    for lane in (in_y, ~in_y):
+        here = half & lane
+        assert np.mean((posterior[here] > 0.5) == responds[here]) > 0.9
