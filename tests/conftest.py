@@ -1,11 +1,9 @@
 """Fixtures of all tests: where the repository and the real data are, and one finished run of the chain."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from biojepa.raw import ScreenSource
 from workflow_case import REPO, Pipeline, missing_data
@@ -53,18 +51,16 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(checkout, tmp_path_factory) -> Pipeline:
-    """Run the whole chain once on a tiny simulated screen; each process of the tests has its own copy."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # which the processes share
-    run = folder / "finished_once"
-    with FileLock(folder / "finished.lock", timeout=800):
-        if not (run / "done").exists():
-            shutil.rmtree(run, ignore_errors=True)
-            answer = Pipeline(checkout, run).run()
-            assert answer.returncode == 0, answer.stdout
-            (run / "done").touch()
-    copy = tmp_path_factory.mktemp("copy") / "finished"
-    # With the times of the files, by which Snakemake tells what is up to date.
-    shutil.copytree(run, copy, symlinks=True, ignore=shutil.ignore_patterns("done"))
-    return Pipeline(checkout, copy)
+    """Run the whole chain once on a tiny simulated screen."""
+    pipeline = Pipeline(checkout, tmp_path_factory.mktemp("finished"))
+    answer = pipeline.run()
+    assert answer.returncode == 0, answer.stdout
+    return pipeline
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file in one process, and all that need the finished run in the same one: it is made once."""
+    uses = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("finished" if item.path in uses else str(item.path)))
