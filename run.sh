@@ -80,8 +80,8 @@ test)
     snakefmt --check Snakefile workflow
     mypy
     snakemake --lint
-    # Files side by side, one thread each; those that need the same finished run one after the other.
-    OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadgroup "$@"
+    # Files side by side, one thread each.
+    OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile "$@"
     ;;
 *)
     install pipeline

@@ -56,13 +56,3 @@ def finished(checkout, tmp_path_factory) -> Pipeline:
     answer = pipeline.run()
     assert answer.returncode == 0, answer.stdout
     return pipeline
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a file in one process, and all that need the finished run in the same one: it is made once."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    uses = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("finished" if item.path in uses else str(item.path)))
