@@ -136,7 +136,10 @@ def cubed_similarities(fold: Fold) -> Components:
     membership = fold.pairs.membership
     genes = [np.clip(codes @ codes.T, 0, None) ** 3 for codes in fold.pairs.codes.values()]
     prior = membership @ (sum(genes) / len(genes)) @ membership.T
-    return Components({**fold.components({}).matrices, "prior": prior})
+    # Kernels are given by features whose products they are.
+    values, vectors = np.linalg.eigh(prior)
+    root = vectors * np.sqrt(np.clip(values, 0, None))
+    return Components({**fold.components({}).features, "prior": root})
 
 
 def best_source(fold: Fold) -> AdditiveKernelRidge:
@@ -212,7 +215,7 @@ def compare(inputs: Inputs, deals: int) -> tuple[pd.DataFrame, dict[str, int]]:
             found[name] = score(fold, model.predict(fold.validation))
             if name == SHIPPED:
                 facts["folds"] += 1
-                facts["folds_with_separate_weights"] += "prior" not in model.components.matrices
+                facts["folds_with_separate_weights"] += "prior" not in model.components.features
         scores += [table.assign(variant=name, deal=deal, fold=number) for name, table in found.items()]
     return pd.concat(scores, ignore_index=True), facts
 

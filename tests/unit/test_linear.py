@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy import optimize, stats
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneOut
 from sklearn.neighbors import NearestNeighbors
 
-from biojepa.linear import JITTER, AdditiveKernelRidge, Components, bilinear, nearest_neighbours, ridge
+from biojepa import linear
+from biojepa.linear import (
+    JITTER,
+    MAX_LOG_WEIGHT,
+    AdditiveKernelRidge,
+    Components,
+    bilinear,
+    nearest_neighbours,
+    ridge,
+)
 
 LABELS = ["A", "B", "C", "D", "E", "F", "A+B", "C+D", "A+Z", "Z", "control"]
 GENES = ["A", "B", "C", "D", "E", "F", "Z"]
@@ -122,7 +132,7 @@ def test_weights_maximize_the_likelihood_and_their_weak_prior():
 def test_effects_of_genes_add_up_without_the_shared_component(kept):
     _, targets, codes = case()
     components = Components.of(membership(), codes)
-    additive = Components({name: components.matrices[name] for name in kept})
+    additive = Components({name: components.features[name] for name in kept})
     model = AdditiveKernelRidge(additive).fit(TRAIN, targets, N_CELLS)
     single_a, single_b, both = (model.predict(np.array([LABELS.index(x)])) for x in ("A", "B", "A+B"))
     np.testing.assert_allclose(both, single_a + single_b, atol=1e-10)
@@ -157,12 +167,84 @@ def test_a_perturbation_of_few_cells_is_shrunken_more():
 
 
 def test_without_sources_there_is_no_prior_component():
-    assert set(Components.of(membership(), {}).matrices) == {"mean", "shared", "gene"}
+    assert set(Components.of(membership(), {}).features) == {"mean", "shared", "gene"}
 
 
 def test_fitting_refuses_lengths_that_do_not_fit():
     with pytest.raises(ValueError, match="8 labels, 7 targets, 8 cell counts"):
         AdditiveKernelRidge(Components.of(membership(), {})).fit(TRAIN, np.zeros((7, 2)), N_CELLS)
+
+
+def test_the_gradient_of_the_likelihood_is_its_slope():
+    rng = np.random.default_rng(3)
+    roots = rng.standard_normal((3, 9, 4))
+    likelihood = linear._Likelihood(
+        torch.from_numpy(roots @ roots.transpose(0, 2, 1)),
+        torch.from_numpy(rng.uniform(0.5, 2, 9)),
+        torch.from_numpy(rng.standard_normal((9, 2))),
+    )
+    for at in (np.array([-1.0, 0.5, -2.0, 0.3]), np.array([0.0, MAX_LOG_WEIGHT + 1, -1.0, -1.0])):
+        _, found = likelihood.loss(torch.from_numpy(at))
+        slope = optimize.approx_fprime(at, lambda x: float(likelihood.loss(torch.from_numpy(x))[0]), 1e-6)
+        np.testing.assert_allclose(found, slope, rtol=1e-4, atol=1e-4)
+
+
+def test_more_outputs_than_perturbations_have_the_same_likelihood_as_their_products():
+    """Weights are a function of Y Yᵀ: turning the outputs changes nothing, and neither do columns of 0."""
+    model, targets, codes = case()
+    turned = targets @ stats.ortho_group.rvs(25, random_state=0)
+    wide = np.hstack([targets, np.zeros((8, 25))]) * np.sqrt(2)
+    components = Components.of(membership(), codes)
+    for other in (turned, wide):
+        again = AdditiveKernelRidge(components).fit(TRAIN, other, N_CELLS)
+        np.testing.assert_allclose(again.log_weights, model.log_weights, atol=1e-3)
+
+
+def many(n: int, seed: int = 0) -> tuple[Components, np.ndarray, np.ndarray]:
+    """Kernels, targets and cells of single genes whose effects a code explains in part."""
+    rng = np.random.default_rng(seed)
+    codes = rng.standard_normal((n, 5))
+    cells = rng.integers(20, 200, n)
+    effects = codes @ rng.standard_normal((5, 40)) + rng.standard_normal((n, 40))
+    targets = effects + rng.standard_normal((n, 40)) * np.sqrt(50 / cells)[:, None]
+    return Components.of(np.eye(n), {"net": codes}), targets, cells
+
+
+def test_a_random_part_of_many_perturbations_says_the_weights_and_all_are_conditioned_on(monkeypatch):
+    components, targets, cells = many(400)
+    every = np.arange(400)
+    whole = AdditiveKernelRidge(components).fit(every[:390], targets[:390], cells[:390])
+    monkeypatch.setattr(linear, "SEARCHED", 150)
+    monkeypatch.setattr(linear, "ASKED_AT_A_TIME", 7)
+    part = AdditiveKernelRidge(components).fit(every[:390], targets[:390], cells[:390])
+    assert (part.log_weights != whole.log_weights).all()
+    # The codes explain as much as is left to the genes; a mean over genes is next to nothing.
+    for name in ("gene", "prior"):
+        assert part.weights[name] == pytest.approx(whole.weights[name], rel=0.15)
+    assert part.noise == pytest.approx(whole.noise, rel=0.15)
+    kernel = sum(w * components.features[n] @ components.features[n].T for n, w in part.weights.items())
+    noisy = kernel[:390, :390] + np.diag(part.noise_variance)
+    expected = kernel[:, :390] @ np.linalg.solve(noisy, targets[:390])
+    np.testing.assert_allclose(part.predict(every), expected, atol=1e-8)
+    variance = np.diag(kernel - kernel[:, :390] @ np.linalg.solve(noisy, kernel[:390]))
+    expected = np.sqrt(np.outer(np.maximum(variance, 0), part.output_variance))
+    np.testing.assert_allclose(part.standard_deviation(every), expected, atol=1e-6)
+    error = [((model.predict(every[390:]) - targets[390:]) ** 2).mean() for model in (whole, part)]
+    assert error[1] == pytest.approx(error[0], rel=0.02)
+    assert part.predict(every[:0]).shape == part.standard_deviation(every[:0]).shape == (0, 40)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_of_multi_hot_codes_leave_out_zeros_and_nothing_else(monkeypatch, turned):
+    rng = np.random.default_rng(0)
+    code = (rng.random((60, 90)) < 0.02) * rng.uniform(1, 2, (60, 90))
+    code = code.T if turned else code
+    values = rng.standard_normal((code.shape[1], 4))
+    for many, sparse in ((1, 1), (1, 1000), (10**6, 1)):
+        monkeypatch.setattr(linear, "MANY", many)
+        monkeypatch.setattr(linear, "SPARSE", sparse)
+        for given in (values, np.asfortranarray(values), values[:, :0], values[:, 1:3]):
+            np.testing.assert_allclose(linear.product(code, given), code @ given, atol=1e-12)
 
 
 def regression(seed: int = 0, n: int = 18, p: int = 6) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

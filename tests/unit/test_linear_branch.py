@@ -43,7 +43,8 @@ def test_the_change_is_the_average_of_two_ridges_fitted_apart(share):
     np.testing.assert_allclose(branch.change(pairs.membership, pairs.codes, READOUT), expected, atol=1e-8)
     np.testing.assert_allclose(branch.token_change(pairs.membership, pairs.codes), tokens, atol=1e-8)
     sd = direct.standard_deviation(everything)
-    np.testing.assert_allclose(branch.standard_deviation(pairs.membership, pairs.codes), sd, atol=1e-7)
+    found = branch.uncertainty(pairs.codes).standard_deviation(pairs.membership)
+    np.testing.assert_allclose(found, sd, atol=1e-7)
 
 
 def test_combinations_outside_the_screen_get_what_the_kernels_say_of_them():
@@ -65,7 +66,7 @@ def test_control_does_not_change():
     control = np.zeros((1, len(CASE.pairs.perturbed_genes)))
     assert not branch.change(control, CASE.pairs.codes, READOUT).any()
     assert not branch.token_change(control, CASE.pairs.codes).any()
-    assert not branch.standard_deviation(control, CASE.pairs.codes).any()
+    assert not branch.uncertainty(CASE.pairs.codes).standard_deviation(control).any()
 
 
 def test_left_out_predictions_are_those_of_both_views():

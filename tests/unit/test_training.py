@@ -197,7 +197,7 @@ def test_a_saved_model_embeds_and_predicts_the_same_bit_for_bit(case, tmp_path, 
 def test_a_model_of_another_version_is_refused(tmp_path):
     torch.save({"format_version": 99}, tmp_path / "model.pt")
     with pytest.raises(
-        InputError, match=r"model\.pt: found format version 99; expected 2.*rerun the train stage"
+        InputError, match=r"model\.pt: found format version 99; expected 3.*rerun the train stage"
     ):
         load_model(tmp_path / "model.pt")
 
@@ -287,7 +287,9 @@ def test_predictions_are_control_plus_the_linear_branch_plus_the_gated_latent_ch
         np.testing.assert_allclose(expression, expected, atol=1e-5)
         linear_tokens = model.branch.token_change(membership, codes).reshape(moved.shape)
         np.testing.assert_allclose(tokens, z.numpy() + 0.8 * (weight * moved + linear_tokens), atol=1e-5)
-        np.testing.assert_allclose(sd, 0.8 * model.branch.standard_deviation(membership, codes), rtol=1e-5)
+        np.testing.assert_allclose(
+            sd, 0.8 * model.branch.uncertainty(codes).standard_deviation(membership), rtol=1e-5
+        )
         assert (expression >= 0).all()
 
 
@@ -323,7 +325,8 @@ def test_without_its_latent_view_the_linear_branch_is_the_kernel_ridge_baseline(
     alone = replace(trained[0].branch, share=0.0)
     readout = trained[0].readout.weight.double().numpy()
     np.testing.assert_allclose(alone.change(membership, codes, readout), baseline.delta, atol=1e-6)
-    np.testing.assert_allclose(alone.standard_deviation(membership, codes), baseline.sd, atol=1e-6)
+    sd = alone.uncertainty(codes).standard_deviation(membership)
+    np.testing.assert_allclose(sd, baseline.sd, atol=1e-6)
 
 
 def test_any_combination_of_coded_genes_can_be_asked_for_and_control_does_not_move(case, trained):

@@ -12,12 +12,21 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from biojepa.neighbours import blocks
 from biojepa.optimizers import LBFGS
 
 JITTER = 1e-6
 # A thousand times the variance of the targets: a trial step of the search beyond it would leave a kernel
 # that the jitter cannot keep positive definite.
 MAX_LOG_WEIGHT = 7.0
+EXPECTED_LOG_WEIGHT = -1.0
+# Training labels that say the weights, and labels that are predicted at a time.
+SEARCHED = 1000
+ASKED_AT_A_TIME = 1000
+# Entries of a matrix from which on it may pay to leave out zeros, and how many there must be for each other
+# entry.
+MANY = 1 << 22
+SPARSE = 20
 
 
 @dataclass(frozen=True)
@@ -32,20 +41,42 @@ class Components:
     - ``gene``: k = I, the gene's own effect, known only where training perturbed it;
     - ``prior``: k = average over the sources of C Cᵀ, so that unseen genes borrow from their neighbours;
       or, with ``separate``, one kernel per source, ``prior_<source>``.
+
+    Kernels are products of features and computed for the labels that are asked for: those of all pairs of
+    10,000 labels are 800 MB each.
+
+    Attributes
+    ----------
+    features
+        Name of the kernel to ``(labels, dim)``.
     """
 
-    matrices: Mapping[str, np.ndarray]
+    features: Mapping[str, np.ndarray]
 
     @classmethod
     def of(
         cls, membership: np.ndarray, codes: Mapping[str, np.ndarray], separate: bool = False
     ) -> Components:
         """Build the kernels of ``membership`` ``(labels, genes)`` and source codes ``(genes, dim)``."""
-        return cls({name: x @ x.T for name, x in feature_maps(membership, codes, separate).items()})
+        return cls(feature_maps(membership, codes, separate))
+
+    def kernel(self, name: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Return one kernel ``(len(rows), len(columns))`` between the given labels."""
+        x = self.features[name]
+        return product(x[rows], x[columns].T)
 
     def weighted(self, weights: Mapping[str, float], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Sum the kernels with their weights, for the given rows and columns of labels."""
-        return sum(weights[name] * matrix[np.ix_(rows, columns)] for name, matrix in self.matrices.items())
+        total = np.zeros((len(rows), len(columns)))
+        for name in self.features:
+            kernel = self.kernel(name, rows, columns)
+            kernel *= weights[name]
+            total += kernel
+        return total
+
+    def variance(self, weights: Mapping[str, float], rows: np.ndarray) -> np.ndarray:
+        """Return the diagonal of :meth:`weighted`, ``(len(rows),)``."""
+        return sum(weights[name] * (x[rows] ** 2).sum(axis=1) for name, x in self.features.items())
 
 
 def feature_maps(
@@ -62,14 +93,33 @@ def feature_maps(
     separate
         One entry per source instead of their average.
     """
-    size = membership.sum(axis=1, keepdims=True).astype(float)
-    features = {"mean": size, "shared": (size > 0).astype(float), "gene": np.asarray(membership, dtype=float)}
-    sources = {f"prior_{name}": membership @ np.asarray(values, float) for name, values in codes.items()}
+    membership = np.asarray(membership, dtype=float)
+    size = membership.sum(axis=1, keepdims=True)
+    features = {"mean": size, "shared": (size > 0).astype(float), "gene": membership}
+    sources = {
+        f"prior_{name}": product(membership, np.asarray(values, float)) for name, values in codes.items()
+    }
     if separate:
         return features | sources
     if sources:
         features["prior"] = np.hstack(list(sources.values())) / np.sqrt(len(sources))
     return features
+
+
+def product(x: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return ``x @ values``, without the zeros of ``x`` where they are many.
+
+    The multi-hot code of 10,000 perturbations has a thousand zeros for each one, and its products would
+    take longer than all else that is done with them.
+    """
+    if x.size < MANY:
+        return x @ values
+    row, column = np.nonzero(x)
+    if len(row) * SPARSE > x.size:
+        return x @ values
+    entries = torch.from_numpy(np.stack([row, column]))
+    code = torch.sparse_coo_tensor(entries, torch.from_numpy(x[row, column]), x.shape, check_invariants=True)
+    return (code @ torch.from_numpy(np.ascontiguousarray(values))).numpy()
 
 
 @dataclass
@@ -82,8 +132,12 @@ class AdditiveKernelRidge:
     log-normal prior that keeps a useless component finite. It is ridge regression on the codes whose
     penalties are estimated instead of searched, which matters when perturbations are few.
 
-    After :meth:`fit`: ``weights``, ``noise``, ``log_weights`` (as searched), ``labels``, ``dual``
-    ``(n, outputs)``, ``inverse`` ``(n, n)`` of the noisy kernel, ``output_variance`` ``(outputs,)``.
+    A handful of weights needs no more than a thousand perturbations, so of more than ``SEARCHED`` a
+    random part says them: each step of the search takes their cube. All of them are conditioned on.
+
+    After :meth:`fit`: ``weights``, ``noise``, ``log_weights`` (as searched), ``labels``, ``targets``,
+    ``dual`` ``(n, outputs)``, ``inverse_diagonal`` ``(n,)`` of the noisy kernel's inverse,
+    ``noise_variance`` ``(n,)`` that the kernel has on its diagonal, ``output_variance`` ``(outputs,)``.
     """
 
     components: Components
@@ -110,69 +164,156 @@ class AdditiveKernelRidge:
         begin
             ``log_weights`` of a similar fit to begin the search at; it saves time.
         """
+        self.search(labels, targets, n_cells, begin)
+        factor = noisy_factor(self.components, self.weights, self.labels, self.noise_variance)
+        self.dual = torch.cholesky_solve(torch.from_numpy(self.targets), factor).numpy()
+        self.inverse_diagonal = torch.cholesky_inverse(factor, out=factor).diagonal().numpy().copy()
+        # Outputs differ in scale; the leave-one-out residuals say how much (Rasmussen & Williams, 5.10-12).
+        self.output_variance = (self.dual**2 / self.inverse_diagonal[:, None]).mean(axis=0)
+        return self
+
+    def search(
+        self,
+        labels: np.ndarray,
+        targets: np.ndarray,
+        n_cells: np.ndarray,
+        begin: np.ndarray | None = None,
+    ) -> AdditiveKernelRidge:
+        """Estimate the weights alone; parameters are those of :meth:`fit`."""
         if len(labels) != len(targets) or len(labels) != len(n_cells):
             raise ValueError(f"{len(labels)} labels, {len(targets)} targets, {len(n_cells)} cell counts")
-        self.labels, self.targets = np.asarray(labels), np.asarray(targets, dtype=float)
+        self.labels, self.targets = np.asarray(labels), np.ascontiguousarray(targets, dtype=float)
         relative_noise = np.median(n_cells) / np.maximum(n_cells, 1)
-        names = list(self.components.matrices)
-        parts = torch.tensor(
-            np.stack([self.components.matrices[name][np.ix_(labels, labels)] for name in names])
-        )
+        part = np.arange(len(labels))
+        if len(part) > SEARCHED:
+            part = np.sort(np.random.default_rng(0).permutation(part)[:SEARCHED])
+        names, asked = list(self.components.features), self.labels[part]
+        kernels = torch.from_numpy(np.stack([self.components.kernel(n, asked, asked) for n in names]))
         # Each kernel on the scale of the outputs, so that one start suits every dataset.
-        scale = torch.clamp(parts.diagonal(dim1=1, dim2=2).mean(dim=1), min=JITTER)
-        outer = torch.tensor(self.targets @ self.targets.T / self.targets.shape[1])
-        size = max(float(outer.diagonal().mean()), 1e-30)
-        outer, parts = outer / size, parts / scale[:, None, None]
-        diagonal = torch.tensor(relative_noise)
-        expected = -1.0
-        first = np.full(len(names) + 1, expected) if begin is None else begin
-        log_weights = torch.tensor(first, dtype=torch.float64, requires_grad=True)
-
-        def covariance() -> torch.Tensor:
-            weights = log_weights.clamp(max=MAX_LOG_WEIGHT).exp()
-            ridge = weights[-1] * diagonal + JITTER
-            return (weights[:-1, None, None] * parts).sum(dim=0) + torch.diag(ridge)
-
-        optimizer = LBFGS([log_weights], max_iter=100, line_search_fn="strong_wolfe")
-
-        def negative_log_likelihood() -> torch.Tensor:
-            optimizer.zero_grad()
-            factor = torch.linalg.cholesky(covariance())
-            fit_term = torch.cholesky_solve(outer, factor).diagonal().sum() / 2
-            loss = factor.diagonal().log().sum() + fit_term + 0.01 * (log_weights - expected).square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(negative_log_likelihood)
-        found = log_weights.detach().clamp(max=MAX_LOG_WEIGHT)
+        scale = kernels.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=JITTER)
+        seen = torch.from_numpy(self.targets[part] / np.sqrt(max(self.targets.shape[1], 1)))
+        if seen.shape[1] > len(seen):  # The likelihood asks for Y Yᵀ alone: Y = (Q R)ᵀ gives Rᵀ R.
+            seen = torch.linalg.qr(seen.T, mode="r").R.T.contiguous()
+        size = max(float(seen.square().sum(dim=1).mean()), 1e-30)
+        likelihood = _Likelihood(
+            kernels / scale[:, None, None], torch.from_numpy(relative_noise[part]), seen / np.sqrt(size)
+        )
+        found = likelihood.maximize(begin).clamp(max=MAX_LOG_WEIGHT)
         self.log_weights, weights = found.numpy(), found.exp()
         self.weights = {
             name: float(weight * size / unit)
             for name, weight, unit in zip(names, weights, scale, strict=False)
         }
         self.noise = float(weights[-1] * size)
-        kernel = self.components.weighted(self.weights, self.labels, self.labels)
-        kernel = kernel + np.diag(self.noise * relative_noise + JITTER * size)
-        self.inverse = np.linalg.inv(kernel)
-        self.dual = self.inverse @ self.targets
-        # Outputs differ in scale; the leave-one-out residuals say how much (Rasmussen & Williams, 5.10-12).
-        self.output_variance = (self.dual**2 / np.diag(self.inverse)[:, None]).mean(axis=0)
+        self.noise_variance = self.noise * relative_noise + JITTER * size
         return self
 
     def predict(self, labels: np.ndarray) -> np.ndarray:
         """Return Δ ``(len(labels), outputs)``."""
-        return self.components.weighted(self.weights, labels, self.labels) @ self.dual
+        parts = [
+            self.components.weighted(self.weights, labels[part], self.labels) @ self.dual
+            for part in blocks(len(labels), ASKED_AT_A_TIME)
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, self.targets.shape[1]))
 
     def leave_one_out(self) -> np.ndarray:
         """Predict every training perturbation from the others, ``(n, outputs)``, in closed form."""
-        return self.targets - self.dual / np.diag(self.inverse)[:, None]
+        return self.targets - self.dual / self.inverse_diagonal[:, None]
 
     def standard_deviation(self, labels: np.ndarray) -> np.ndarray:
         """Uncertainty of the predicted Δ, ``(len(labels), outputs)``, without the noise of a measurement."""
-        cross = self.components.weighted(self.weights, labels, self.labels)
-        own = np.diag(self.components.weighted(self.weights, labels, labels))
-        variance = np.maximum(own - np.einsum("ij,jk,ik->i", cross, self.inverse, cross), 0)
-        return np.sqrt(variance[:, None] * self.output_variance)
+        factor = noisy_factor(self.components, self.weights, self.labels, self.noise_variance)
+        variance = [
+            posterior_variance(
+                factor,
+                self.components.weighted(self.weights, labels[part], self.labels),
+                self.components.variance(self.weights, labels[part]),
+            )
+            for part in blocks(len(labels), ASKED_AT_A_TIME)
+        ]
+        return np.sqrt(np.concatenate([*variance, np.zeros(0)])[:, None] * self.output_variance)
+
+
+def noisy_factor(
+    components: Components, weights: Mapping[str, float], labels: np.ndarray, noise_variance: np.ndarray
+) -> torch.Tensor:
+    """Cholesky factor ``(n, n)``, lower, of the weighted kernel of ``labels`` plus their noise."""
+    kernel = components.weighted(weights, labels, labels)
+    kernel[np.diag_indices(len(labels))] += noise_variance
+    return torch.linalg.cholesky(torch.from_numpy(kernel))
+
+
+def posterior_variance(factor: torch.Tensor, cross: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """Variance ``(m,)`` of a Gaussian process after its training labels are known.
+
+    Parameters
+    ----------
+    factor
+        See :func:`noisy_factor`.
+    cross
+        ``(m, n)`` kernel between asked and training labels.
+    prior
+        ``(m,)`` variance before.
+    """
+    explained = torch.linalg.solve_triangular(factor, torch.from_numpy(cross).T, upper=False)
+    return np.maximum(prior - explained.square().sum(dim=0).numpy(), 0)
+
+
+@dataclass(frozen=True)
+class _Likelihood:
+    """Marginal likelihood of targets under a sum of kernels, with its gradient in closed form.
+
+    By automatic differentiation the gradient took four times as long for a thousand labels.
+
+    Attributes
+    ----------
+    kernels
+        ``(kernels, n, n)``
+    noise
+        ``(n,)`` variance of the noise of each label, up to its weight.
+    targets
+        ``(n, outputs)``, divided by the square root of ``outputs``.
+    """
+
+    kernels: torch.Tensor
+    noise: torch.Tensor
+    targets: torch.Tensor
+
+    def maximize(self, begin: np.ndarray | None) -> torch.Tensor:
+        """Return the logarithms of the best weights, ``(kernels + 1,)``, that of the noise last."""
+        first = np.full(len(self.kernels) + 1, EXPECTED_LOG_WEIGHT) if begin is None else begin
+        log_weights = torch.tensor(first, dtype=torch.float64)
+        optimizer = LBFGS([log_weights], max_iter=100, line_search_fn="strong_wolfe")
+
+        def evaluate() -> torch.Tensor:
+            loss, log_weights.grad = self.loss(log_weights)
+            return loss
+
+        optimizer.step(evaluate)
+        return log_weights
+
+    def loss(self, log_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Negative log likelihood per output, up to a constant, with the weak prior; and its gradient.
+
+        With K = L Lᵀ the covariance and Y the targets, the loss is log|L| + tr(Yᵀ K⁻¹ Y) / 2, and its
+        derivative by K is (K⁻¹ - K⁻¹ Y Yᵀ K⁻¹) / 2 (Rasmussen & Williams 2006, eq. 5.9).
+        """
+        weights = log_weights.clamp(max=MAX_LOG_WEIGHT).exp()
+        covariance = torch.tensordot(weights[:-1], self.kernels, dims=1)
+        covariance.diagonal().add_(weights[-1] * self.noise + JITTER)
+        factor = torch.linalg.cholesky(covariance)
+        explained = torch.cholesky_solve(self.targets, factor)
+        away = log_weights - EXPECTED_LOG_WEIGHT
+        loss = factor.diagonal().log().sum() + (self.targets * explained).sum() / 2
+        by_covariance = torch.cholesky_inverse(factor).addmm_(explained, explained.T, alpha=-1).div_(2)
+        by_weight = torch.cat(
+            [
+                torch.mv(self.kernels.flatten(1), by_covariance.flatten()),
+                (by_covariance.diagonal() * self.noise).sum()[None],
+            ]
+        )
+        gradient = by_weight * weights * (log_weights <= MAX_LOG_WEIGHT)
+        return loss + 0.01 * away.square().sum(), gradient + 0.02 * away
 
 
 class ComponentwiseKernelRidge:
@@ -198,7 +339,7 @@ class ComponentwiseKernelRidge:
         """Fit one :class:`AdditiveKernelRidge` per leading direction and one for the rest."""
         left, singular, right = np.linalg.svd(np.asarray(targets, dtype=float), full_matrices=False)
         scores = left * singular
-        joint = AdditiveKernelRidge(self.components).fit(labels, scores, n_cells)
+        joint = AdditiveKernelRidge(self.components).search(labels, scores, n_cells)
         leading = min(self.n_leading, max(len(singular) - 1, 0))
         groups = [slice(k, k + 1) for k in range(leading)] + [slice(leading, None)]
         self.parts = [

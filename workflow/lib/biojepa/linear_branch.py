@@ -14,9 +14,20 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 
 from biojepa.baselines import fit_linear_branch
-from biojepa.linear import AdditiveKernelRidge, ComponentwiseKernelRidge, feature_maps
+from biojepa.linear import (
+    ASKED_AT_A_TIME,
+    AdditiveKernelRidge,
+    Components,
+    ComponentwiseKernelRidge,
+    feature_maps,
+    noisy_factor,
+    posterior_variance,
+    product,
+)
+from biojepa.neighbours import blocks
 from biojepa.pairs import Pairs
 
 MIN_TARGETS = 3
@@ -118,9 +129,9 @@ class LinearBranch:
         See :class:`OwnTarget`.
     share
         Weight of the latent view, 0 to 1.
-    train, inverse, output_variance, weights, noise
-        Multi-hot codes ``(n, perturbed genes)`` of the training labels, and what the ridge on expression
-        needs to say how uncertain it is.
+    train, noise_variance, output_variance, weights, noise
+        Multi-hot codes ``(n, perturbed genes)`` of the training labels, bool, and what else the ridge on
+        expression needs to say how uncertain it is.
     """
 
     separate: bool
@@ -131,7 +142,7 @@ class LinearBranch:
     own_change: np.ndarray
     share: float
     train: np.ndarray
-    inverse: np.ndarray
+    noise_variance: np.ndarray
     output_variance: np.ndarray
     weights: dict[str, float]
     noise: float
@@ -152,7 +163,7 @@ class LinearBranch:
     ) -> np.ndarray:
         features = feature_maps(membership, codes, self.separate)
         features["gene"] = features["gene"][:, self.trained]
-        return sum(features[name] @ values for name, values in maps.items())
+        return sum(product(features[name], values) for name, values in maps.items())
 
     def _combine(self, direct: np.ndarray, latent: np.ndarray, membership: np.ndarray) -> np.ndarray:
         change = (1 - self.share) * direct + self.share * latent
@@ -162,18 +173,52 @@ class LinearBranch:
         change[row, column] = direct[row, column] + self.own_change[gene]
         return change
 
-    def standard_deviation(self, membership: np.ndarray, codes: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Uncertainty ``(labels, genes)`` of the ridge on expression, without the noise of a measurement."""
-        own = feature_maps(membership, codes, self.separate)
-        trained = feature_maps(self.train, codes, self.separate)
-        cross = sum(w * own[name] @ trained[name].T for name, w in self.weights.items())
-        prior = sum(w * (own[name] ** 2).sum(axis=1) for name, w in self.weights.items())
-        variance = np.maximum(prior - np.einsum("ij,jk,ik->i", cross, self.inverse, cross), 0)
-        return np.sqrt(variance[:, None] * self.output_variance)
+    def uncertainty(self, codes: Mapping[str, np.ndarray]) -> Uncertainty:
+        """Prepare to say how uncertain predictions of any label are; it takes the cube of the labels."""
+        trained = Components.of(self.train, codes, self.separate)
+        factor = noisy_factor(trained, self.weights, np.arange(len(self.train)), self.noise_variance)
+        return Uncertainty(self, trained, codes, factor)
 
     def state(self) -> dict[str, Any]:
         """Return the content as plain values and arrays."""
         return {key.name: getattr(self, key.name) for key in fields(self)}
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Says how uncertain the ridge on expression is.
+
+    It is made when it is needed, since the factor of 10,000 training labels is 800 MB, more than all else
+    that a model's file holds.
+
+    Attributes
+    ----------
+    branch
+        The fitted branch.
+    trained
+        Kernels of its training labels.
+    codes
+        Source name to ``(perturbed genes, dim)``.
+    factor
+        See :func:`~biojepa.linear.noisy_factor`.
+    """
+
+    branch: LinearBranch
+    trained: Components
+    codes: Mapping[str, np.ndarray]
+    factor: torch.Tensor
+
+    def standard_deviation(self, membership: np.ndarray) -> np.ndarray:
+        """Return ``(labels, genes)`` for multi-hot codes, without the noise of a measurement."""
+        parts = [self._variance(membership[part]) for part in blocks(len(membership), ASKED_AT_A_TIME)]
+        variance = np.concatenate([*parts, np.zeros(0)])
+        return np.sqrt(variance[:, None] * self.branch.output_variance)
+
+    def _variance(self, membership: np.ndarray) -> np.ndarray:
+        own, weights = feature_maps(membership, self.codes, self.branch.separate), self.branch.weights
+        cross = sum(w * product(own[name], self.trained.features[name].T) for name, w in weights.items())
+        prior = sum(w * (own[name] ** 2).sum(axis=1) for name, w in weights.items())
+        return posterior_variance(self.factor, cross, prior)
 
 
 @dataclass(frozen=True)
@@ -217,7 +262,7 @@ def fit_branch(
     own = OwnTarget.fit(pairs, train, delta, control, cell_variance)
     direct = fit_linear_branch(pairs, train, own.without(pairs, train, delta))
     latent = ComponentwiseKernelRidge(direct.components).fit(train, token_change, pairs.n_cells[train])
-    separate = "prior" not in direct.components.matrices and bool(pairs.codes)
+    separate = "prior" not in direct.components.features and bool(pairs.codes)
     membership = pairs.membership[train]
     features = feature_maps(membership, pairs.codes, separate)
     trained = np.flatnonzero(membership.any(axis=0))
@@ -230,8 +275,8 @@ def fit_branch(
         own_column=own.column,
         own_change=own.change,
         share=share,
-        train=membership,
-        inverse=direct.inverse,
+        train=membership.astype(bool),
+        noise_variance=direct.noise_variance,
         output_variance=direct.output_variance,
         weights=direct.weights,
         noise=direct.noise,
@@ -246,7 +291,7 @@ def _maps(
     """Sum the weights of the features over the parts: prediction = Σ features · map."""
     return {
         name: sum(
-            part.weights[name] * x.T @ (part.dual if basis is None else part.dual @ basis)
+            part.weights[name] * product(x.T, part.dual if basis is None else part.dual @ basis)
             for part, basis in parts
         )
         for name, x in features.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from biojepa.errors import InputError
 from biojepa.files import atomic_path
-from biojepa.linear_branch import LinearBranch
+from biojepa.linear_branch import LinearBranch, Uncertainty
 from biojepa.model.biojepa import BioJEPA, BioJEPAConfig
 from biojepa.model.embedding import CellEmbedding, PCAProjection, PearsonResiduals
 from biojepa.pairs import multi_hot
@@ -22,7 +23,7 @@ from biojepa.readout import Readout
 from biojepa.training.encoder_stage import RESIDUALS
 from biojepa.training.settings import TrainSettings
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PCA_TOKENS = (8, 8)
 
 
@@ -166,7 +167,7 @@ class TrainedModel:
             codes = self._plain_codes()
             linear = self._tensor(self.branch.token_change(membership, codes)).view_as(moved)
             moved = moved + self._linear_weight * linear
-            sd = (self.scale * self.branch.standard_deviation(membership, codes)).astype(np.float32)
+            sd = (self.scale * self._uncertainty.standard_deviation(membership)).astype(np.float32)
         expression = self.control_expression + self._tensor(self.change(membership, type_code, dose))
         tokens = self.control_tokens + self.scale * moved
         # A mean of log1p values cannot be negative.
@@ -221,6 +222,11 @@ class TrainedModel:
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float32, device=self.control_tokens.device)
+
+    @cached_property
+    def _uncertainty(self) -> Uncertainty:
+        assert self.branch is not None
+        return self.branch.uncertainty(self._plain_codes())
 
     def _plain_codes(self) -> dict[str, np.ndarray]:
         return {name: values.cpu().numpy() for name, values in self.codes.items()}
