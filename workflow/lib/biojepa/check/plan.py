@@ -45,9 +45,9 @@ MEASURED: dict[str, tuple[tuple[int, int, float, float], ...]] = {
     ),
 }
 MIDDLE = (100_000, 1_000)
-# Milliseconds of a step of the default networks on a quiet CPU, the larger of two screens each
-# (benchmarks/results/training_step_cpu.json).
-STEP_MS = {"encoder": 50, "predictor": 30}
+# Processor milliseconds, all threads together, of a step of the default networks: the larger of two screens
+# each (benchmarks/results/training_step_cpu.json).
+STEP_MS = {"encoder": 101, "predictor": 60}
 # Settings that a step's time depends on; others such as steps and rates do not matter.
 SIZES = {
     "encoder": (
