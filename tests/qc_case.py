@@ -107,6 +107,7 @@ def make_qc_inputs(n: int = 30, batches: int = 3, cells: int = 300, n_guides: in
         dataset="screen <i>one</i>",
         qc=make_qc(),
         perturbations=table,
+        guides=pd.DataFrame(columns=list(contracts.GUIDE_TABLE_COLUMNS)),
         guide_calls=make_guide_calls([NASTY[0], *(f"g{i}" for i in range(n_guides - 1))]),
         guides_per_cell=pd.DataFrame(
             {"status": ["no_guide", "assigned", "too_many_guides"], "n_guides": [0, 1, 2],

@@ -206,21 +206,9 @@ def test_a_cell_farther_out_responds_no_less(sd):
     assert posterior[-1] > 0.99
 
 
-def test_in_papalexi_most_knock_outs_of_the_interferon_pathway_respond(real_data):
+def test_in_papalexi_most_knock_outs_of_the_interferon_pathway_respond(papalexi):
     """Cells called non-responding still have the transcript that responding ones have lost."""
-    folder = real_data / "papalexi2021_10x"
-    source = ScreenSource(
-        "papalexi",
-        str(folder),
-        control_label="non-targeting",
-        batch_column="replicate",
-        library_size_column="n_umis_all_genes",
-        mito_column="p_mito",
-        perturbation_type="CRISPRko",
-        cell_metadata=str(folder / "cells.csv"),
-        guide_table=str(folder / "guides.csv"),
-    )
-    result = preprocess_screen(read_screen(source), source, PreprocessSettings())
+    result = preprocess_screen(read_screen(papalexi), papalexi, PreprocessSettings())
     pathway = ["IFNGR1", "IFNGR2", "JAK2", "STAT1"]
     assert shares(result)[pathway].between(0.7, 0.95).all()
     # Targets without any effect in these cells.

@@ -35,6 +35,8 @@ CELLS_OBS = (
     CELL_TYPE,
     LIBRARY_SIZE,
 )
+FLAG_WEAK, FLAG_WEAK_GUIDE = "flag_weak_perturbation", "flag_weak_guide"
+FLAG_FEW_GUIDES = "flag_few_guides"
 # What preprocess adds where it can: place in the cell cycle, and whether a cell responds to its perturbation.
 S_SCORE, G2M_SCORE, PHASE = "s_score", "g2m_score", "phase"
 RESPONDING_POSTERIOR = "responding_posterior"

@@ -65,8 +65,8 @@ class Pairs:
     n_cells
         ``(labels,)`` cells in this file, 0 for test perturbations.
     facts
-        Attributes of the file: dataset, scheme, fold, seed, SHA-256 of the split, pairing strategy; in the
-        scheme context, the held-out context.
+        Attributes of the file: dataset, scheme, fold, seed, SHA-256 of the split, target sum of the
+        expression, pairing strategy; in the scheme context, the held-out context.
     contexts, context
         In the scheme context, names, and ``(cells,)`` position of each cell's in them; else empty and
         ``None``.

@@ -28,6 +28,9 @@ from sklearn.decomposition import PCA
 from biojepa.contracts import (
     BATCH,
     CONTROL,
+    FLAG_FEW_GUIDES,
+    FLAG_WEAK,
+    FLAG_WEAK_GUIDE,
     GUIDE_ID,
     N_PERTURBED_GENES,
     PERTURBATION,
@@ -46,8 +49,6 @@ SIGNIFICANT = 0.05
 PSEUDO_CP10K = 0.01
 EXPECTED_SIGN = {"CRISPRi": -1, "CRISPRa": 1}
 WEAK, ONE_GUIDE, UNCHANGED, WRONG_WAY = "weak", "one_guide", "target_unchanged", "target_wrong_direction"
-FLAG_WEAK, FLAG_WEAK_GUIDE = "flag_weak_perturbation", "flag_weak_guide"
-FLAG_FEW_GUIDES = "flag_few_guides"
 # A guide is weak when it leaves more than 2^-0.5 = 71 % of its target (CRISPRi), or raises it by
 # less than 41 % (CRISPRa), by a one-sided test, and enough transcripts were expected to tell.
 WEAK_GUIDE_LOG2FC = 0.5

@@ -62,7 +62,7 @@ def effect_figures(inputs: QcInputs) -> list[Figure]:
     ]
     if table[RESPONDING_SHARE].notna().any():
         found.append(_responding_figure(table))
-    if inputs.guides is not None and len(inputs.guides):
+    if len(inputs.guides):
         found.append(_agreement_figure(inputs.guides))
     return [figure for figure in found if figure is not None]
 

@@ -58,15 +58,13 @@ class QcInputs:
     ----------
     dataset
         Name of the screen.
-    qc, perturbations, guide_calls, guides_per_cell, guide_umis, batches, distributions
+    qc, perturbations, guides, guide_calls, guides_per_cell, guide_umis, batches, distributions
         Tables of ``preprocess``.
     cells
         What the kept cells say.
     cell_map
         ``umap_1, umap_2, perturbation, batch, library_size`` of a sample of cells, and columns of
         quality where the cells have them; None where there is no map.
-    guides
-        Agreement of guides with their siblings, ``guides.tsv``; None where it was not measured.
     settings
         Section ``preprocess`` of the config.
     provenance
@@ -85,6 +83,7 @@ class QcInputs:
     dataset: str
     qc: pd.DataFrame
     perturbations: pd.DataFrame
+    guides: pd.DataFrame
     guide_calls: pd.DataFrame
     guides_per_cell: pd.DataFrame
     guide_umis: pd.DataFrame
@@ -92,7 +91,6 @@ class QcInputs:
     distributions: pd.DataFrame
     cells: CellFacts
     cell_map: pd.DataFrame | None = None
-    guides: pd.DataFrame | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     reports: Mapping[str, str] = field(default_factory=dict)

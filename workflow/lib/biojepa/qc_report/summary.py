@@ -294,11 +294,10 @@ def _disagreement(inputs: QcInputs) -> list[Warned]:
     if not len(names):
         return []
     text = f"Guides of {plural(len(names), 'perturbation')} disagree: {names_of(names)}."
-    if inputs.guides is not None:
-        odd = inputs.guides[has_flag(inputs.guides, contracts.DISCORDANT)]
-        if len(odd):
-            named = odd.sort_values(["q", "guide_id"], kind="stable")["guide_id"]
-            text += f" Unlike their siblings: {names_of(named, SHOWN_GUIDES)}."
+    odd = inputs.guides[has_flag(inputs.guides, contracts.DISCORDANT)]
+    if len(odd):
+        named = odd.sort_values(["q", "guide_id"], kind="stable")["guide_id"]
+        text += f" Unlike their siblings: {names_of(named, SHOWN_GUIDES)}."
     return [Warned(text, "They may hit something else, or not work.")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ import pandas as pd
 
 from biojepa.errors import InputError, StoppedRun
 from biojepa.raw.matrix import CompressedRows, Entries, RowBlocks, rows_from_entries
+
+log = logging.getLogger(__name__)
 
 # What h5py and anndata raise, beside OSError, where a part of a file is missing or of another kind.
 DAMAGE = (KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError)
@@ -97,11 +100,13 @@ def damage_told(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and (isinstance(error, FileNotFoundError) or error.errno is not None):
             raise
         by_hdf5 = isinstance(error, OSError)
+        # The same errors could be a mistake of this reader, and then their place is what helps.
+        log.debug("reading %s", path, exc_info=error)
         raise InputError(
             path,
             f"a part that HDF5 cannot read ({error})"
             if by_hdf5
             else f"a part that cannot be read ({type(error).__name__}: {error})",
             "a complete file",
-            "delete it and download it again",
+            "fetch it again; if anndata or another HDF5 tool reads it, please report this message",
         ) from error
