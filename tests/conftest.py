@@ -1,6 +1,8 @@
 """Fixtures of all tests: where the repository and the real data are, and one finished run of the chain."""
 
 import os
+import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,28 @@ from biojepa.raw import ScreenSource
 from workflow_case import REPO, Pipeline, missing_data
 
 DATA_VARIABLE = "BIOJEPA_TEST_DATA"
+
+
+@pytest.hookimpl(optionalhook=True)  # There is none where the tests run in one process.
+def pytest_xdist_make_scheduler(config, log):
+    """Deal out files as ``--dist loadfile`` does, but those that need the finished run as one.
+
+    A fixture of the session is made in each process that asks for it, and this one takes a minute.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "finished" if needs_finished_run(config.rootpath / file) else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@cache
+def needs_finished_run(file: Path) -> bool:
+    """Say whether a test of a file takes the fixture ``finished`` below."""
+    return re.search(r"def \w+\([^)]*\bfinished\b", file.read_text(encoding="utf-8")) is not None
 
 
 @pytest.fixture(scope="session")

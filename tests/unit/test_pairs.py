@@ -279,6 +279,46 @@ def test_dense_rows_and_pseudobulk_agree_with_scipy_and_pandas():
             np.testing.assert_allclose(means[row], table.loc[row], rtol=1e-12)
 
 
+@pytest.mark.parametrize("entries", [1, 7, 64])
+def test_pseudobulks_do_not_depend_on_the_size_of_the_blocks(built, monkeypatch, entries):
+    pairs = built[1]
+    whole = pairs.pseudobulk()
+    monkeypatch.setattr(pairs_module, "SUMMED_ENTRIES", entries)
+    for ours, theirs in zip(pairs.pseudobulk(), whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_expression_may_be_mapped_and_is_the_same(built, monkeypatch, caplog):
+    screen, whole = built
+    monkeypatch.setattr(pairs_module, "BLOCK_ENTRIES", 100)
+    before = sorted(screen.folder.iterdir())
+    with caplog.at_level("INFO"):
+        mapped = read_pairs(screen.folder / "pairs.h5", in_memory=False)
+    assert "of expression in" in caplog.text and "are mapped, not held in memory" in caplog.text
+    assert sorted(screen.folder.iterdir()) == before
+    for key in ("data", "indices"):
+        ours, theirs = getattr(mapped, key), getattr(whole, key)
+        assert isinstance(ours.base, np.memmap) and not isinstance(theirs.base, np.memmap)
+        assert len(ours) > 300 and ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    for ours, theirs in zip(mapped.pseudobulk(), whole.pseudobulk(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("left", "mapped"), [(None, False), (10**12, False), (1000, True)])
+def test_expression_is_mapped_where_it_would_take_too_much_of_the_memory(built, monkeypatch, left, mapped):
+    monkeypatch.setattr(pairs_module, "available_memory", lambda: left)
+    assert isinstance(read_pairs(built[0].folder / "pairs.h5").data.base, np.memmap) is mapped
+
+
+def test_a_disk_without_room_for_the_mapped_expression_is_named(built, monkeypatch):
+    monkeypatch.setattr("biojepa.disk.free_bytes", lambda folder: 10)
+    with pytest.raises(
+        InputError, match=r"found 10 bytes free; expected .* for the expression of .*pairs\.h5"
+    ):
+        read_pairs(built[0].folder / "pairs.h5", in_memory=False)
+
+
 def test_multi_hot_codes_by_hand():
     code = multi_hot(["A", "A+C", "control", "B+Z"], ["A", "B", "C"])
     assert code.tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 0], [0, 1, 0]]

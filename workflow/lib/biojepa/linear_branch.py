@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -163,7 +164,7 @@ class LinearBranch:
     ) -> np.ndarray:
         features = feature_maps(membership, codes, self.separate)
         features["gene"] = features["gene"][:, self.trained]
-        return sum(product(features[name], values) for name, values in maps.items())
+        return reduce(np.add, (product(features[name], values) for name, values in maps.items()))
 
     def _combine(self, direct: np.ndarray, latent: np.ndarray, membership: np.ndarray) -> np.ndarray:
         change = (1 - self.share) * direct + self.share * latent
@@ -216,9 +217,9 @@ class Uncertainty:
 
     def _variance(self, membership: np.ndarray) -> np.ndarray:
         own, weights = feature_maps(membership, self.codes, self.branch.separate), self.branch.weights
-        cross = sum(w * product(own[name], self.trained.features[name].T) for name, w in weights.items())
+        kernels = (w * product(own[name], self.trained.features[name].T) for name, w in weights.items())
         prior = sum(w * (own[name] ** 2).sum(axis=1) for name, w in weights.items())
-        return posterior_variance(self.factor, cross, prior)
+        return posterior_variance(self.factor, reduce(np.add, kernels), prior)
 
 
 @dataclass(frozen=True)
@@ -290,9 +291,12 @@ def _maps(
 ) -> dict[str, np.ndarray]:
     """Sum the weights of the features over the parts: prediction = Σ features · map."""
     return {
-        name: sum(
-            part.weights[name] * product(x.T, part.dual if basis is None else part.dual @ basis)
-            for part, basis in parts
+        name: reduce(
+            np.add,
+            (
+                part.weights[name] * product(x.T, part.dual if basis is None else part.dual @ basis)
+                for part, basis in parts
+            ),
         )
         for name, x in features.items()
     }

@@ -7,6 +7,8 @@ plan that pairs every cell with a control cell, see :mod:`biojepa.controls`.
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,22 @@ import numpy as np
 import pandas as pd
 
 from biojepa.contracts import CONTEXT, SELECTED_ON, TARGET_SUM, TEST, TRAIN, TRAINED_ON, VAL
+from biojepa.disk import full_disk_named, require_space, size_text
 from biojepa.errors import InputError
+from biojepa.hardware import available_memory
 from biojepa.labels import genes_of
 from biojepa.splits import LeakageError
+
+log = logging.getLogger(__name__)
 
 CONTROL_CODE = -1
 BLOCK = 4096
 BLOCK_ENTRIES = 1 << 24
+# What is summed takes eight times its memory for a moment.
+SUMMED_ENTRIES = 1 << 22
+# What grows with all genes of all cells, and the share of the memory left that it may take.
+EXPRESSION = ("data", "indices")
+IN_MEMORY_SHARE = 0.25
 FORMAT_VERSION = 2
 # Training cells of a batch below which a gene's variance in it is mostly chance.
 MIN_BATCH_CELLS = 100
@@ -134,21 +145,28 @@ class Pairs:
         control
             ``(genes,)``
         """
-        shape = (len(self.labels) + 1, len(self.genes))
-        # Control, -1, becomes row 0. One flat bincount is many times faster than np.add.at.
-        owner = np.repeat(self.perturbation.astype(np.int64) + 1, np.diff(self.indptr))
-        flat = owner * shape[1] + self.indices
-        sums = np.bincount(flat, weights=self.data, minlength=shape[0] * shape[1]).reshape(shape)
+        # Control, -1, becomes row 0.
+        sums = self._sums(self.perturbation.astype(np.int64) + 1, len(self.labels) + 1)
         counts = np.append((self.perturbation == CONTROL_CODE).sum(), self.n_cells).astype(float)
         with np.errstate(invalid="ignore"):
             means = sums / np.where(counts > 0, counts, np.nan)[:, None]
         if self.context is None:
             return means[1:], means[0]
-        place = np.repeat(self.context_of_controls(), np.diff(self.indptr))
-        shape = (len(self.contexts) + 1, len(self.genes))
-        flat = place * shape[1] + self.indices
-        sums = np.bincount(flat, weights=self.data, minlength=shape[0] * shape[1]).reshape(shape)
+        sums = self._sums(self.context_of_controls(), len(self.contexts) + 1)
         return self.in_held_out_context(means[1:], sums[:-1])
+
+    def _sums(self, owner: np.ndarray, n_owners: int) -> np.ndarray:
+        """Sum the expression of the cells of each owner, ``(owners, genes)`` float64.
+
+        Values are added one by one in the order of the cells, so that the size of a block changes nothing.
+        """
+        sums = np.zeros((n_owners, len(self.genes)))
+        for first, end in runs_of_rows(self.indptr, len(owner), SUMMED_ENTRIES):
+            bounds = self.indptr[first : end + 1]
+            span = slice(int(bounds[0]), int(bounds[-1]))
+            place = np.repeat(owner[first:end] * sums.shape[1], np.diff(bounds)) + self.indices[span]
+            np.add.at(sums.reshape(-1), place, self.data[span].astype(np.float64))
+        return sums
 
     def context_of_controls(self) -> np.ndarray:
         """Position in ``contexts`` of each control cell, ``(cells,)``; their number for all other cells."""
@@ -232,23 +250,34 @@ def multi_hot(labels: Sequence[str], genes: Sequence[str]) -> np.ndarray:
     return code
 
 
+def runs_of_rows(
+    indptr: np.ndarray, block: int = BLOCK, entries: int = BLOCK_ENTRIES
+) -> Iterator[tuple[int, int]]:
+    """Cut the rows of a CSR matrix into runs, first and one past the last.
+
+    A run has at most ``block`` rows and, unless one row alone has more, at most ``entries`` entries, which
+    bounds memory where cells express many genes.
+    """
+    first = 0
+    while first < len(indptr) - 1:
+        full = int(np.searchsorted(indptr, indptr[first] + entries, side="right")) - 1
+        end = min(first + block, max(full, first + 1), len(indptr) - 1)
+        yield first, end
+        first = end
+
+
 def rows_of_matrix(
     matrix: h5py.Group, block: int = BLOCK, entries: int = BLOCK_ENTRIES
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """Read a CSR group of an ``.h5ad`` in blocks of rows: first row, data, indices, local indptr.
 
-    A block has at most ``block`` rows and, unless one row alone has more, at most ``entries`` entries, which
-    bounds memory where cells express many genes.
+    Blocks are those of :func:`runs_of_rows`.
     """
     indptr = matrix["indptr"][:]
-    first = 0
-    while first < len(indptr) - 1:
-        full = int(np.searchsorted(indptr, indptr[first] + entries, side="right")) - 1
-        end = min(first + block, max(full, first + 1), len(indptr) - 1)
+    for first, end in runs_of_rows(indptr, block, entries):
         bounds = indptr[first : end + 1]
         span = slice(int(bounds[0]), int(bounds[-1]))
         yield first, matrix["data"][span], matrix["indices"][span], bounds - bounds[0]
-        first = end
 
 
 def gene_moments(matrix: h5py.Group, keep: np.ndarray, n_genes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -529,13 +558,22 @@ def write_pairs(
             file.create_dataset(f"codes/{source}", data=values.astype(np.float32))
 
 
-def read_pairs(path: str | Path) -> Pairs:
-    """Read ``pairs.h5`` whole.
+def read_pairs(path: str | Path, in_memory: bool | None = None) -> Pairs:
+    """Read ``pairs.h5``.
+
+    Parameters
+    ----------
+    path
+        The file.
+    in_memory
+        Whether to hold the expression in memory, or in a file without a name beside ``path`` that is mapped:
+        the system then keeps what is read often, and gives back what it must. What is read is the same. By
+        default it is mapped where it would take more than a quarter of the memory that is left.
 
     Raises
     ------
     InputError
-        When the file was written in another format.
+        When the file was written in another format, or the disk has no room to map it.
     """
     with h5py.File(path, "r") as file:
         facts = {key: value.item() if hasattr(value, "item") else value for key, value in file.attrs.items()}
@@ -547,10 +585,33 @@ def read_pairs(path: str | Path) -> Pairs:
                 "rerun the pair stage",
             )
         names: dict[str, Any] = {key: tuple(values.asstr()[:]) for key, values in file["names"].items()}
-        cells = {key: values[:] for key, values in file["cells"].items()}
+        expression = [file["cells"][key] for key in EXPRESSION]
+        size = sum(values.size * values.dtype.itemsize for values in expression)
+        if in_memory is None:
+            left = available_memory()
+            in_memory = left is None or size <= IN_MEMORY_SHARE * left
+        if not in_memory:
+            folder = Path(path).resolve().parent
+            log.info("%s of expression in %s are mapped, not held in memory", size_text(size), path)
+            require_space(folder, size, f"the expression of {path}, unpacked while it is in use")
+        cells: dict[str, Any] = {
+            key: _mapped(values, folder) if key in EXPRESSION and not in_memory else values[:]
+            for key, values in file["cells"].items()
+        }
         design = {key: values[:] for key, values in file["design"].items()}
         codes = {key: values[:] for key, values in file["codes"].items()} if "codes" in file else {}
     return Pairs(**names, **cells, **design, codes=codes, facts=facts)
+
+
+def _mapped(values: h5py.Dataset, folder: Path) -> np.ndarray:
+    """Copy a dataset to a file that vanishes with the array, and map it."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        with full_disk_named(folder, "the expression, unpacked while it is in use"):
+            for first in range(0, len(values), BLOCK_ENTRIES):
+                file.write(values[first : first + BLOCK_ENTRIES].tobytes())
+            file.flush()
+        # A private mapping, since torch warns of arrays that cannot be written; nothing is.
+        return np.asarray(np.memmap(file, dtype=values.dtype, mode="c", shape=values.shape))
 
 
 def target_sum_of(pairs: Pairs) -> float:

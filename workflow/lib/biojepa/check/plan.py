@@ -16,7 +16,7 @@ from biojepa.catalogue import Entry
 from biojepa.check.screen import Screen
 from biojepa.config import Config
 from biojepa.contracts import NO_SPLIT
-from biojepa.download.disk import free_bytes, size_text
+from biojepa.disk import free_bytes, size_text
 from biojepa.models import encoder_source, is_baseline, is_head, resolve_settings
 
 # Processor seconds and peak GiB of docs/performance.md (benchmarks/results/scaling.json): 5,000 genes, 8 % of

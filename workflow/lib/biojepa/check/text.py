@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from biojepa.check.screen import CALLS, COUNTS, EARLIER, LABELS, LISTED, UNKNOWN
-from biojepa.download.disk import size_text
+from biojepa.disk import size_text
 from biojepa.preprocess.annotate import MIN_MITO_GENES, PANEL_GENES
 
 WIDTH = 100

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from biojepa.download.disk import free_bytes, full_disk_named, require_space, size_text
+from biojepa.disk import free_bytes, full_disk_named, require_space, size_text
 from biojepa.errors import InputError
 from biojepa.files import atomic_path
 from biojepa.raw_files import SINGLE_FILE_FORMATS, RawFile

@@ -23,9 +23,9 @@ from urllib.parse import urlsplit
 import requests
 from tqdm import tqdm
 
+from biojepa.disk import full_disk_named, require_space, size_text
 from biojepa.download.checksums import Checksum, record_of, recorded, write_record
 from biojepa.download.content import require_kind
-from biojepa.download.disk import full_disk_named, require_space, size_text
 from biojepa.errors import InputError
 from biojepa.files import sha256_of, write_text
 from biojepa.raw_files import local_path

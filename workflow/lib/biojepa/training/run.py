@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 MIN_GATED = 3
 GATE_FOLDS = 3
 SCALE_PSEUDO = 4.0
+# Cells whose tokens are summed at a time, in double precision.
+SUMMED_CELLS = 1 << 16
 
 
 def prior_codes(pairs: Pairs, priors: str, seed: int) -> dict[str, np.ndarray]:
@@ -208,9 +210,9 @@ def train_model(
         # A jointly trained encoder keeps the scale that its own predictor learned, but for nobody else.
         if not jointly and (encoder_from is None or encoder_from.settings.stages == "joint"):
             # Undone first, because not every model of a joint config was trained jointly.
-            tokens = tokens * embedding.token_scale + embedding.token_mean
+            tokens.mul_(embedding.token_scale).add_(embedding.token_mean)
             embedding.fit_tokens(tokens[fold.cells])
-            tokens = (tokens - embedding.token_mean) / embedding.token_scale
+            tokens.sub_(embedding.token_mean).div_(embedding.token_scale)
 
         summary = _Summary.of(fold, tokens)
         readout, penalty = fit_readout(
@@ -536,7 +538,12 @@ def _learn_embedding(
 def embed(embedding: CellEmbedding, store: CellStore, cells: Tensor, block: int = 1024) -> Tensor:
     """Embed cells of the store, (cells, T, D)."""
     embedding.eval()
-    return torch.cat([embedding(store.rows(part), store.log_library[part]) for part in cells.split(block)])
+    # Filled part by part: of a million cells the tokens are two gigabytes, which would be there twice.
+    tokens = torch.empty(len(cells), embedding.num_tokens, embedding.dim, device=cells.device)
+    for place in range(0, len(cells), block):
+        part = cells[place : place + block]
+        tokens[place : place + block] = embedding(store.rows(part), store.log_library[part])
+    return tokens
 
 
 def label_means(pairs: Pairs, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -563,7 +570,10 @@ def label_means(pairs: Pairs, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def _token_sums(tokens: Tensor, owner: Tensor, n_owners: int) -> Tensor:
     """Sum the tokens (cells, T, D) of each owner, (owners, T, D) float64."""
     sums = torch.zeros(n_owners, *tokens.shape[1:], dtype=torch.float64, device=tokens.device)
-    return sums.index_add_(0, owner, tokens.double())
+    for place in range(0, len(tokens), SUMMED_CELLS):
+        part = slice(place, place + SUMMED_CELLS)
+        sums.index_add_(0, owner[part], tokens[part].double())
+    return sums
 
 
 def _peak_memory(device: torch.device) -> float:
