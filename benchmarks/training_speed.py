@@ -18,7 +18,8 @@ does it use? Three parts, each with a result of its own:
     contenders are conditioned on the same prior codes. When to stop is read off the *validation*
     perturbations; the test perturbations are scored at that point and decide nothing. Seconds are those of
     training, without the looks at the score; those of BioJEPA hold everything from ``pairs.h5`` in memory
-    to the model that predicts. On a CPU they are those of its processors, divided by the threads.
+    to the model that predicts. On a CPU they are those of its processors, divided by the threads; the median
+    over the folds. Kernel ridge stands for what needs no network at all.
 
 Usage::
 
@@ -75,6 +76,7 @@ from plain_loop import (  # noqa: E402
 )
 from record import provenance, write_result  # noqa: E402
 
+from biojepa.baselines import fit_baselines  # noqa: E402
 from biojepa.contracts import TEST, TRAIN, VAL  # noqa: E402
 from biojepa.evaluation.registry import pearson_rows  # noqa: E402
 from biojepa.model.embedding import CellEmbedding  # noqa: E402
@@ -396,6 +398,14 @@ class Judge:
         return np.repeat(mean[None], len(self.labels), axis=0)
 
 
+def kernel_ridge_point(judge: Judge, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Fit the baseline without a network."""
+    began = clock(device)
+    delta = fit_baselines(judge.pairs, ["kernel_ridge"])["kernel_ridge"].delta
+    seconds = clock(device) - began
+    yield {"point": "", "seconds": seconds, **judge.score(delta[judge.labels])}
+
+
 def clock(device: torch.device) -> float:
     """Read seconds: by the clock on a GPU; on a CPU of its processors, divided by the threads."""
     return time.perf_counter() if device.type == "cuda" else time.process_time() / torch.get_num_threads()
@@ -459,6 +469,7 @@ def measure_quality(arguments: argparse.Namespace, device: torch.device) -> list
                 f"{OURS}, latent predictor alone": our_curve(judge, arguments, False, device),
                 f"{OURS}, as shipped": our_curve(judge, arguments, True, device),
                 **{n: generative_curve(judge, n, arguments, device) for n in GENERATIVE},
+                "kernel ridge": kernel_ridge_point(judge, device),
                 "training mean": iter([{"point": "", "seconds": 0.0, **judge.score(judge.training_mean())}]),
             }
             for name, curve in curves.items():
@@ -469,7 +480,9 @@ def measure_quality(arguments: argparse.Namespace, device: torch.device) -> list
 
 
 def summarize(points: pd.DataFrame, tolerance: float = 0.02) -> list[dict[str, Any]]:
-    """Average over folds and labels; the plateau is the first point near the best validation score.
+    """Average scores over folds and labels, take the median of seconds, and find the plateaus.
+
+    A plateau is the first point near the best validation score.
 
     Parameters
     ----------
@@ -484,7 +497,7 @@ def summarize(points: pd.DataFrame, tolerance: float = 0.02) -> list[dict[str, A
         curve = []
         for point, group in part.groupby("point", sort=False):
             means = {name: float(np.mean(np.concatenate(group[name].tolist()))) for name in scores}
-            curve.append({"point": point, "seconds_per_fold": group["seconds"].mean(), **means})
+            curve.append({"point": point, "seconds_per_fold": group["seconds"].median(), **means})
         best = max(row["val_r_specific"] for row in curve)
         plateau = next(i for i, row in enumerate(curve) if row["val_r_specific"] >= best - tolerance)
         rows += [
