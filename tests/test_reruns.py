@@ -76,6 +76,7 @@ def test_a_deleted_page_is_made_again_alone(finished, tmp_path):
         shutil.move(kept, page)
 
 
+@pytest.mark.slow
 def test_another_folder_and_number_of_cores_give_the_same_results(finished, checkout, tmp_path):
     again = Pipeline(checkout, tmp_path)
     answer = again.run("results/tiny/perturbation/fold0/biojepa/seed0/train/model.pt", cores=1)

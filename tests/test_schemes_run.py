@@ -14,6 +14,9 @@ from biojepa.pairs import read_pairs
 from biojepa.training import load_model
 from workflow_case import Pipeline
 
+# Two minutes, which the quick tests have no room for; .ci/run runs them.
+pytestmark = pytest.mark.slow
+
 SCHEMES = ("gene", "combination", "list")
 CONTEXT = "batch2"
 SIMPLE = ["no_change", "mean", "multihot"]

@@ -143,11 +143,13 @@ def downloaded(by_conda, tmp_path_factory):
     return [content] * 2, found
 
 
+@pytest.mark.slow
 def test_files_are_fetched_and_unpacked_in_the_environment_of_the_downloads(downloaded):
     sent, fetched = downloaded
     assert fetched == sent
 
 
+@pytest.mark.slow
 def test_every_rule_was_run_in_an_environment(by_conda, downloaded):
     rules = set()
     for path in (by_conda.pipeline.checkout / "workflow" / "rules").glob("*.smk"):
@@ -160,12 +162,14 @@ def test_every_rule_was_run_in_an_environment(by_conda, downloaded):
     assert len(rules) > 15 and rules - ran == NOT_RUN
 
 
+@pytest.mark.slow
 def test_snakemake_alone_is_enough_to_start(by_conda):
     heavy = ("pandas", "numpy", "anndata", "torch", "scanpy")
     assert imported(by_conda.python, "snakemake", *heavy) == {"snakemake"}
     assert by_conda.pipeline.path("perturbation", "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_every_environment_was_made_and_holds_what_its_file_asks_for_alone(by_conda, downloaded):
     made = by_conda.environments()
     assert set(made) == set(ENVIRONMENTS)
@@ -248,6 +252,7 @@ def test_a_prefix_and_a_single_core_change_no_number(by_conda, as_module):
     assert by_conda == tables_below(as_module / "screen" / "results")
 
 
+@pytest.mark.slow
 def test_conda_and_the_number_of_cores_change_no_number(by_conda, finished):
     """Eight cores with conda, two cores plainly."""
     by_conda, plain = (
@@ -305,6 +310,7 @@ def test_the_profile_for_slurm_asks_for_a_gpu_for_training_and_for_no_limit_on_t
         assert int(asked["mem_mb"]) == profile["set-resources"][rule]["mem_mb"], rule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "package", "output"),
     [("evaluate", "gseapy", "evaluate/summary.tsv"), ("report", "plotly", "report.html")],

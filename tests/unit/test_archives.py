@@ -8,7 +8,8 @@ import zipfile
 
 import pytest
 
-from biojepa.download import archives, disk, unpack_archives, unpack_file
+from biojepa import disk
+from biojepa.download import archives, unpack_archives, unpack_file
 from biojepa.errors import InputError
 
 MATRIX = {"matrix.mtx.gz": b"m" * 1000, "features.tsv.gz": b"f" * 300, "barcodes.tsv.gz": b"b" * 20}

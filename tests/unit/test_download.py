@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from biojepa.download import Checksum, disk, download_file, link_file, transfer
+from biojepa import disk
+from biojepa.download import Checksum, download_file, link_file, transfer
 from biojepa.errors import InputError
 from broken_server import CONTENT, HDF5, running
 

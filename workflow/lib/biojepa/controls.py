@@ -23,9 +23,6 @@ from dataclasses import dataclass
 import h5py
 import numpy as np
 from scipy import sparse
-from scipy.spatial.distance import cdist
-from sklearn.decomposition import PCA
-from sklearn.neighbors import NearestNeighbors
 
 from biojepa.pairs import CONTROL_CODE, rows_of_matrix
 
@@ -187,6 +184,9 @@ def nearest_controls(pools: ControlPools, scores: np.ndarray, rng: np.random.Gen
     -------
     ``(cells,)`` int32, as of :func:`draw_controls`.
     """
+    # Here and below, because the default strategy does without scikit-learn, which takes a second to import.
+    from sklearn.neighbors import NearestNeighbors
+
     partner = np.empty(len(scores), dtype=np.int32)
     for number, every in enumerate(pools.pools):
         pool = every
@@ -242,6 +242,7 @@ def transport_controls(
     """
     # Here, because other strategies do without it, and it imports whatever array library is installed.
     import ot
+    from scipy.spatial.distance import cdist
 
     partner = draw_controls(pools, rng)
     perturbed = np.flatnonzero(perturbation != CONTROL_CODE)
@@ -298,6 +299,8 @@ def principal_scores(
     ValueError
         With fewer than two cells or genes.
     """
+    from sklearn.decomposition import PCA
+
     candidates = np.flatnonzero(fitted)
     chosen = np.zeros(len(fitted), dtype=bool)
     chosen[rng.choice(candidates, min(len(candidates), PCA_CELLS), replace=False)] = True
