@@ -59,12 +59,13 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "training_arithmetic": Benchmark(
         "operations, TFLOP/s, share of the ceiling and memory of the reference model",
-        "training_speed.py arithmetic",
+        "training_speed.py arithmetic --threads 1 --batch 32",
     ),
     "training_quality": Benchmark(
         "quality on held-out perturbations per second of training, against generative models",
-        "training_speed.py quality results/norman_tiny --folds 0 1 2",
-        tuple(f"results/norman_tiny/perturbation/fold{fold}/pair/pairs.h5" for fold in range(3)),
+        "training_speed.py quality results/norman_tiny --folds 0 1 2 3 4 --threads 1 --shares 0.1 0.25 1 "
+        "--epochs 5 10 20 40 80",
+        tuple(f"results/norman_tiny/perturbation/fold{fold}/pair/pairs.h5" for fold in range(5)),
     ),
     "evaluation_speed": Benchmark(
         "seconds and memory of evaluation and report at 2,000 perturbations", "evaluation_speed.py"

@@ -26,7 +26,7 @@ Usage::
     snakemake results/demo/perturbation/fold0/pair/pairs.h5 --cores 2
     python benchmarks/training_speed.py step results/demo
     python benchmarks/training_speed.py arithmetic
-    python benchmarks/training_speed.py quality results/norman_tiny --folds 0 1 2 3 4
+    python benchmarks/training_speed.py quality results/norman_tiny --folds 0 1 2 3 4 --threads 1
 
 Writes ``benchmarks/results/training_<part>_<device>.json``. On a GPU where there is one, else on the CPU;
 ``--device cpu`` asks for the latter.

@@ -8,6 +8,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from biojepa.model import GeneExpressionEncoder
+from biojepa.model import embedding as embedding_module
 from biojepa.model.embedding import CellEmbedding, PCAProjection
 
 
@@ -72,15 +73,29 @@ def test_tokens_of_the_cells_they_were_fitted_on_are_standard():
     cells = embedding()
     x, library = normal(300, 10, seed=3), normal(300, seed=4)
     with torch.no_grad():
-        cells.fit_tokens(cells.raw_tokens(x, library))
+        cells.fit_tokens(cells.raw_tokens(x, library), torch.arange(300))
         tokens = cells(x, library)
     torch.testing.assert_close(tokens.mean(dim=0), torch.zeros(3, 4), atol=1e-5, rtol=0)
     torch.testing.assert_close(tokens.std(dim=0), torch.ones(3, 4), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("at_a_time", [1, 7, 1000])
+def test_tokens_are_standardized_by_the_cells_that_are_named_a_part_at_a_time(monkeypatch, at_a_time):
+    cells, tokens, named = (
+        embedding(),
+        3 + 2 * normal(50, 3, 4, seed=1),
+        torch.tensor([4, 40, 4, 11, 0, 49, 30, 31]),
+    )
+    monkeypatch.setattr(embedding_module, "SUMMED_CELLS", at_a_time)
+    cells.fit_tokens(tokens, named)
+    chosen = tokens[named].double().numpy()
+    np.testing.assert_allclose(cells.token_mean, chosen.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(cells.token_scale, chosen.std(axis=0, ddof=1), rtol=1e-6)
+
+
 def test_a_token_that_does_not_vary_stays_finite():
     cells = embedding()
-    cells.fit_tokens(torch.ones(20, 3, 4))
+    cells.fit_tokens(torch.ones(20, 3, 4), torch.arange(20))
     assert float(cells.token_scale.min()) == pytest.approx(1e-3)
 
 

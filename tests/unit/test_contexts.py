@@ -30,6 +30,7 @@ from biojepa.pairs import match_controls, read_pairs, relocate
 from biojepa.predictions import cells_per_label, predicted_rows
 from biojepa.splits import LeakageError, labels_in, read_facts
 from biojepa.training import load_model, train_model
+from biojepa.training import run as run_module
 from biojepa.training.cells import Populations
 from biojepa.training.run import label_means
 
@@ -259,8 +260,10 @@ def test_a_label_of_the_held_out_context_stays_where_it_is():
     np.testing.assert_allclose(moved[2], means[2] + 0.25 * (sums[0] / 2 - sums[1] / 4))
 
 
-def test_mean_tokens_are_carried_over_like_mean_expression(cells, pairs):
+@pytest.mark.parametrize("at_a_time", [7, 1 << 16])
+def test_mean_tokens_are_carried_over_like_mean_expression(cells, pairs, monkeypatch, at_a_time):
     """With the expression itself for tokens, both ways to average must agree."""
+    monkeypatch.setattr(run_module, "SUMMED_CELLS", at_a_time)
     dense = torch.from_numpy(pairs.dense(np.arange(len(pairs.perturbation))))
     labels, control = label_means(pairs, dense.view(len(dense), 3, 6))
     means, expected = pairs.pseudobulk()

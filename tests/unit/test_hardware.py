@@ -35,7 +35,7 @@ def test_without_control_groups_it_is_what_the_system_says(tmp_path):
     assert available_memory(tmp_path) is None
     write(tmp_path, meminfo(20))
     assert available_memory(tmp_path) == 20 * GIB
-    write(tmp_path, {"proc/self/cgroup": "7:memory:/old\n"})
+    write(tmp_path, {"proc/self/cgroup": "7:memory:/old\n3:cpu,cpuacct:/\n0::/\n"})
     assert available_memory(tmp_path) == 20 * GIB
 
 
@@ -51,7 +51,20 @@ def test_the_limit_of_a_job_or_of_what_is_above_it_counts(tmp_path, limited):
     assert available_memory(tmp_path) == 0
 
 
+def test_limits_of_the_older_control_groups_count_too(tmp_path):
+    write(tmp_path, meminfo(20) | {"proc/self/cgroup": "7:hugetlb,memory:/slurm/job\n0::/elsewhere\n"})
+    folder = "sys/fs/cgroup/memory/slurm"
+    none = {f"{folder}/job/memory.limit_in_bytes": f"{2**63 - 4096}\n",
+            f"{folder}/job/memory.usage_in_bytes": "5\n"}  # fmt: skip
+    write(tmp_path, none)
+    assert available_memory(tmp_path) == 20 * GIB
+    write(tmp_path, {f"{folder}/memory.limit_in_bytes": f"{8 * GIB}\n",
+                     f"{folder}/memory.usage_in_bytes": f"{6 * GIB}\n",
+                     f"{folder}/memory.stat": f"inactive_file 3\ntotal_inactive_file {GIB}\n"})  # fmt: skip
+    assert available_memory(tmp_path) == 3 * GIB
+
+
 def test_of_this_machine_it_is_a_part_of_its_memory():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     left = available_memory()
-    assert left is None or 0 < left <= total
+    assert left is None or 0 <= left <= total

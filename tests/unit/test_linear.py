@@ -234,15 +234,56 @@ def test_a_random_part_of_many_perturbations_says_the_weights_and_all_are_condit
     assert part.predict(every[:0]).shape == part.standard_deviation(every[:0]).shape == (0, 40)
 
 
+def test_a_source_that_covers_no_searched_label_has_no_weight(monkeypatch):
+    """Its scale would be that of nothing, and its few labels would not be shrunken at all."""
+    components, targets, cells = many(60)
+    train = np.arange(50)
+    monkeypatch.setattr(linear, "SEARCHED", 20)
+    searched = np.sort(np.random.default_rng(0).permutation(train)[:20])
+    left_out = np.setdiff1d(train, searched)[:2]
+    rare = np.zeros((60, 1))
+    rare[left_out] = 1.0
+    with_rare = Components({**components.features, "prior_rare": rare})
+    model = AdditiveKernelRidge(with_rare).fit(train, targets[:50], cells[:50])
+    assert model.weights["prior_rare"] == 0 and min(model.weights[name] for name in components.features) > 0
+    without = AdditiveKernelRidge(components).fit(train, targets[:50], cells[:50])
+    np.testing.assert_allclose(model.predict(train), without.predict(train), atol=1e-6)
+
+
+def test_a_kernel_that_rounding_left_indefinite_gets_the_least_jitter_that_helps():
+    features = np.array([[1.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
+    components, every = Components({"gene": features}), np.arange(3)
+    noise = np.array([0.0, -2e-8, 0.0])
+    factor = linear.noisy_factor(components, {"gene": 1.0}, every, noise).numpy()
+    kernel = features @ features.T + np.diag(noise)
+    added = factor @ factor.T - kernel
+    unit = np.diag(kernel).mean()
+    np.testing.assert_allclose(added, np.diag(np.diag(added)), atol=1e-12)
+    np.testing.assert_allclose(np.diag(added), 1e-8 * unit, rtol=0.1)
+    plain = linear.noisy_factor(components, {"gene": 1.0}, every, np.ones(3)).numpy()
+    np.testing.assert_allclose(plain @ plain.T, features @ features.T + np.eye(3), atol=1e-14)
+    with pytest.raises(
+        np.linalg.LinAlgError, match="kernel of 3 training perturbations is not positive definite"
+    ):
+        linear.noisy_factor(components, {"gene": np.nan}, every, noise)
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_products_of_multi_hot_codes_leave_out_zeros_and_nothing_else(monkeypatch, turned):
     rng = np.random.default_rng(0)
     code = (rng.random((60, 90)) < 0.02) * rng.uniform(1, 2, (60, 90))
     code = code.T if turned else code
     values = rng.standard_normal((code.shape[1], 4))
-    for many, sparse in ((1, 1), (1, 1000), (10**6, 1)):
+    made, make = [], torch.sparse_coo_tensor
+    monkeypatch.setattr(
+        torch, "sparse_coo_tensor", lambda *args, **how: made.append(args) or make(*args, **how)
+    )
+    for many, sparse, skipped in ((1, 1, True), (1, 1000, False), (10**6, 1, False)):
         monkeypatch.setattr(linear, "MANY", many)
         monkeypatch.setattr(linear, "SPARSE", sparse)
+        made.clear()
+        linear.product(code, values)
+        assert bool(made) is skipped
         for given in (values, np.asfortranarray(values), values[:, :0], values[:, 1:3]):
             np.testing.assert_allclose(linear.product(code, given), code @ given, atol=1e-12)
 

@@ -305,18 +305,35 @@ def test_expression_may_be_mapped_and_is_the_same(built, monkeypatch, caplog):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("left", "mapped"), [(None, False), (10**12, False), (1000, True)])
-def test_expression_is_mapped_where_it_would_take_too_much_of_the_memory(built, monkeypatch, left, mapped):
-    monkeypatch.setattr(pairs_module, "available_memory", lambda: left)
-    assert isinstance(read_pairs(built[0].folder / "pairs.h5").data.base, np.memmap) is mapped
+def is_mapped(built) -> bool:
+    return isinstance(read_pairs(built[0].folder / "pairs.h5").data.base, np.memmap)
 
 
-def test_a_disk_without_room_for_the_mapped_expression_is_named(built, monkeypatch):
-    monkeypatch.setattr("biojepa.disk.free_bytes", lambda folder: 10)
+def test_expression_is_mapped_where_it_would_take_a_quarter_of_the_memory_left(built, monkeypatch):
+    size = built[1].data.nbytes + built[1].indices.nbytes
+    for processes in (1, 3):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        for left, mapped in ((None, False), (4 * processes * size, False), (4 * processes * size - 1, True)):
+            monkeypatch.setattr(pairs_module, "available_memory", lambda left=left: left)
+            assert is_mapped(built) is mapped
+
+
+def test_expression_without_a_place_to_map_it_is_held_in_memory_or_refused(
+    built, monkeypatch, caplog, tmp_path
+):
+    size = built[1].data.nbytes + built[1].indices.nbytes
+    monkeypatch.setattr(pairs_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(pairs_module, "available_memory", lambda: size)
+    room = {built[0].folder: 0, tmp_path: size}
+    monkeypatch.setattr(pairs_module, "free_bytes", lambda folder: room[folder])
+    assert is_mapped(built) and not caplog.text
+    room[tmp_path] = size - 1
+    assert not is_mapped(built) and "no room to map them in" in caplog.text
+    monkeypatch.setattr(pairs_module, "available_memory", lambda: size - 1)
     with pytest.raises(
-        InputError, match=r"found 10 bytes free; expected .* for the expression of .*pairs\.h5"
+        InputError, match=r"pairs\.h5: found .* of expression, .* of memory left, and no room in"
     ):
-        read_pairs(built[0].folder / "pairs.h5", in_memory=False)
+        is_mapped(built)
 
 
 def test_multi_hot_codes_by_hand():

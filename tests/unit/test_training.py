@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from biojepa.collapse import CollapseError
 from biojepa.contracts import CONTROL, TEST, TRAIN, VAL
 from biojepa.errors import InputError
 from biojepa.model.embedding import CellEmbedding
-from biojepa.pairs import multi_hot
+from biojepa.pairs import Pairs, multi_hot
 from biojepa.splits import LeakageError
 from biojepa.training import (
     TrainedModel,
@@ -327,6 +328,32 @@ def test_without_its_latent_view_the_linear_branch_is_the_kernel_ridge_baseline(
     np.testing.assert_allclose(alone.change(membership, codes, readout), baseline.delta, atol=1e-6)
     sd = alone.uncertainty(codes).standard_deviation(membership)
     np.testing.assert_allclose(sd, baseline.sd, atol=1e-6)
+
+
+def test_training_from_mapped_cells_gives_the_same_model_and_copies_none_of_them(case, trained, tmp_path):
+    """What is mapped is read where it lies, so that it may be larger than memory."""
+    mapped = {}
+    for key in ("data", "indices"):
+        values = getattr(case.pairs, key)
+        np.save(tmp_path / key, values)
+        mapped[key] = np.load(tmp_path / f"{key}.npy", mmap_mode="c")
+    again, _, _ = train_model(replace(case.pairs, **mapped), SETTINGS, seed=3)
+    for ours, theirs in zip(again.predict(case.test), trained[0].predict(case.test), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    cells = sparse_pairs(2_000_000)
+    tracemalloc.start()
+    try:
+        run._fingerprint(cells, SETTINGS, 0, None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.5 * cells.data.nbytes
+
+
+def sparse_pairs(entries: int) -> Pairs:
+    """A fold with many entries for its few cells."""
+    small = KnownEffects(seed=1, cells_per_label=8, n_controls=40).pairs
+    return replace(small, data=np.ones(entries, np.float32), indices=np.zeros(entries, np.int32))
 
 
 def test_any_combination_of_coded_genes_can_be_asked_for_and_control_does_not_move(case, trained):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Version 1 of control groups says so by the largest number of pages.
+NO_LIMIT = 1 << 60
+
 
 def machine_has_gpu() -> bool:
     """Whether this machine has an NVIDIA GPU that a job may see."""
@@ -19,7 +22,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
     The limit of a container, or of a scheduler's job, counts: what its control group and those above it may
     take, less what they hold and could not give back (files of the kernel: ``filesystems/proc``,
-    ``admin-guide/cgroup-v2``).
+    ``admin-guide/cgroup-v2``, ``admin-guide/cgroup-v1/memory``).
 
     Parameters
     ----------
@@ -34,19 +37,29 @@ def available_memory(root: Path = Path("/")) -> int | None:
         lines = (root / "proc" / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    # Version 2 has one hierarchy, number 0.
-    path = next((line.partition("::")[2] for line in lines if line.startswith("0::")), None)
-    if path is not None:
-        mount = root / "sys" / "fs" / "cgroup"
-        here = mount / path.strip("/")
-        for group in (here, *here.parents):
-            limit, held = _number(group / "memory.max"), _number(group / "memory.current")
-            if limit is not None and held is not None:
-                freed = _named_number(group / "memory.stat", "inactive_file") or 0
-                bytes_left.append(max(limit - held + freed, 0))
-            if group == mount:
-                break
+    mount = root / "sys" / "fs" / "cgroup"
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        # Version 2 has one hierarchy, number 0 without controllers; version 1 has one of memory.
+        if number == "0" and not controllers:
+            bytes_left += _left(mount, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            bytes_left += _left(mount / "memory", path, *files)
     return min(bytes_left)
+
+
+def _left(mount: Path, path: str, limit_file: str, held_file: str, freed_name: str) -> list[int]:
+    """Bytes that a control group and each of those above it may still take, where they have a limit."""
+    found, here = [], mount / path.strip("/")
+    for group in (here, *here.parents):
+        limit, held = _number(group / limit_file), _number(group / held_file)
+        if limit is not None and held is not None and limit < NO_LIMIT:
+            freed = _named_number(group / "memory.stat", freed_name) or 0
+            found.append(max(limit - held + freed, 0))
+        if group == mount:
+            break
+    return found
 
 
 def _number(path: Path) -> int | None:

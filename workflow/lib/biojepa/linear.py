@@ -23,10 +23,13 @@ EXPECTED_LOG_WEIGHT = -1.0
 # Training labels that say the weights, and labels that are predicted at a time.
 SEARCHED = 1000
 ASKED_AT_A_TIME = 1000
-# Entries of a matrix from which on it may pay to leave out zeros, and how many there must be for each other
-# entry.
-MANY = 1 << 22
+# Multiplications from which on it may pay to leave out zeros, and how many entries there must be for each one
+# that is not zero.
+MANY = 1 << 28
 SPARSE = 20
+# What is added to the diagonal of a kernel that rounding left indefinite, in units of its mean, tenfold each
+# time.
+MORE_JITTER = (1e-10, 1e-9, 1e-8, 1e-7, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,11 @@ def product(x: np.ndarray, values: np.ndarray) -> np.ndarray:
     The multi-hot code of 10,000 perturbations has a thousand zeros for each one, and its products would
     take longer than all else that is done with them.
     """
-    if x.size < MANY:
+    if x.size * values.shape[1] < MANY:
+        return x @ values
+    if np.count_nonzero(x) * SPARSE > x.size:
         return x @ values
     row, column = np.nonzero(x)
-    if len(row) * SPARSE > x.size:
-        return x @ values
     entries = torch.from_numpy(np.stack([row, column]))
     code = torch.sparse_coo_tensor(entries, torch.from_numpy(x[row, column]), x.shape, check_invariants=True)
     return (code @ torch.from_numpy(np.ascontiguousarray(values))).numpy()
@@ -190,7 +193,9 @@ class AdditiveKernelRidge:
         names, asked = list(self.components.features), self.labels[part]
         kernels = torch.from_numpy(np.stack([self.components.kernel(n, asked, asked) for n in names]))
         # Each kernel on the scale of the outputs, so that one start suits every dataset.
-        scale = kernels.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=JITTER)
+        scale = kernels.diagonal(dim1=1, dim2=2).mean(dim=1)
+        said = scale > 0
+        scale = scale.clamp(min=JITTER)
         seen = torch.from_numpy(self.targets[part] / np.sqrt(max(self.targets.shape[1], 1)))
         if seen.shape[1] > len(seen):  # The likelihood asks for Y Yᵀ alone: Y = (Q R)ᵀ gives Rᵀ R.
             seen = torch.linalg.qr(seen.T, mode="r").R.T.contiguous()
@@ -201,8 +206,9 @@ class AdditiveKernelRidge:
         found = likelihood.maximize(begin).clamp(max=MAX_LOG_WEIGHT)
         self.log_weights, weights = found.numpy(), found.exp()
         self.weights = {
-            name: float(weight * size / unit)
-            for name, weight, unit in zip(names, weights, scale, strict=False)
+            # A source that covers none of the searched labels has no weight that anything would speak for.
+            name: float(weight * size / unit) if told else 0.0
+            for name, weight, unit, told in zip(names, weights, scale, said, strict=False)
         }
         self.noise = float(weights[-1] * size)
         self.noise_variance = self.noise * relative_noise + JITTER * size
@@ -237,10 +243,32 @@ class AdditiveKernelRidge:
 def noisy_factor(
     components: Components, weights: Mapping[str, float], labels: np.ndarray, noise_variance: np.ndarray
 ) -> torch.Tensor:
-    """Cholesky factor ``(n, n)``, lower, of the weighted kernel of ``labels`` plus their noise."""
-    kernel = components.weighted(weights, labels, labels)
-    kernel[np.diag_indices(len(labels))] += noise_variance
-    return torch.linalg.cholesky(torch.from_numpy(kernel))
+    """Cholesky factor ``(n, n)``, lower, of the weighted kernel of ``labels`` plus their noise.
+
+    The search has seen a thousand labels to be positive definite. Where rounding leaves the kernel of more of
+    them indefinite, the smallest of ``MORE_JITTER`` that helps is added to its diagonal.
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        When none helps: then something is not a number.
+    """
+    kernel = torch.from_numpy(components.weighted(weights, labels, labels))
+    kernel.diagonal().add_(torch.from_numpy(noise_variance))
+    factor, wrong = torch.linalg.cholesky_ex(kernel)
+    unit, before = kernel.diagonal().mean(), 0.0
+    for jitter in MORE_JITTER:
+        if not wrong:
+            break
+        kernel.diagonal().add_((jitter - before) * unit)
+        before = jitter
+        factor, wrong = torch.linalg.cholesky_ex(kernel)
+    if wrong:
+        raise np.linalg.LinAlgError(
+            f"the kernel of {len(labels)} training perturbations is not positive definite "
+            f"(mean of its diagonal {float(unit):.3g})"
+        )
+    return factor
 
 
 def posterior_variance(factor: torch.Tensor, cross: np.ndarray, prior: np.ndarray) -> np.ndarray:
@@ -263,7 +291,7 @@ def posterior_variance(factor: torch.Tensor, cross: np.ndarray, prior: np.ndarra
 class _Likelihood:
     """Marginal likelihood of targets under a sum of kernels, with its gradient in closed form.
 
-    By automatic differentiation the gradient took four times as long for a thousand labels.
+    By automatic differentiation a fit to a thousand labels took twice as long.
 
     Attributes
     ----------

@@ -8,6 +8,7 @@ plan that pairs every cell with a control cell, see :mod:`biojepa.controls`.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from biojepa.contracts import CONTEXT, SELECTED_ON, TARGET_SUM, TEST, TRAIN, TRAINED_ON, VAL
-from biojepa.disk import full_disk_named, require_space, size_text
+from biojepa.disk import free_bytes, full_disk_named, size_text
 from biojepa.errors import InputError
 from biojepa.hardware import available_memory
 from biojepa.labels import genes_of
@@ -566,14 +567,16 @@ def read_pairs(path: str | Path, in_memory: bool | None = None) -> Pairs:
     path
         The file.
     in_memory
-        Whether to hold the expression in memory, or in a file without a name beside ``path`` that is mapped:
-        the system then keeps what is read often, and gives back what it must. What is read is the same. By
-        default it is mapped where it would take more than a quarter of the memory that is left.
+        Whether to hold the expression in memory, or in a file without a name that is mapped: the system then
+        keeps what is read often, and gives back what it must. What is read is the same. The file lies beside
+        ``path``, or, where that cannot be written to, in the folder for temporary files. By default
+        expression is mapped where it would take more than a quarter of the memory that is left, shared by
+        the processes of a ``torchrun`` on this machine.
 
     Raises
     ------
     InputError
-        When the file was written in another format, or the disk has no room to map it.
+        When the file was written in another format, or neither memory nor disk has room for it.
     """
     with h5py.File(path, "r") as file:
         facts = {key: value.item() if hasattr(value, "item") else value for key, value in file.attrs.items()}
@@ -585,22 +588,45 @@ def read_pairs(path: str | Path, in_memory: bool | None = None) -> Pairs:
                 "rerun the pair stage",
             )
         names: dict[str, Any] = {key: tuple(values.asstr()[:]) for key, values in file["names"].items()}
-        expression = [file["cells"][key] for key in EXPRESSION]
-        size = sum(values.size * values.dtype.itemsize for values in expression)
-        if in_memory is None:
-            left = available_memory()
-            in_memory = left is None or size <= IN_MEMORY_SHARE * left
-        if not in_memory:
-            folder = Path(path).resolve().parent
-            log.info("%s of expression in %s are mapped, not held in memory", size_text(size), path)
-            require_space(folder, size, f"the expression of {path}, unpacked while it is in use")
+        folder = _folder_to_map(Path(path), file, in_memory)
         cells: dict[str, Any] = {
-            key: _mapped(values, folder) if key in EXPRESSION and not in_memory else values[:]
+            key: values[:] if folder is None or key not in EXPRESSION else _mapped(values, folder)
             for key, values in file["cells"].items()
         }
         design = {key: values[:] for key, values in file["design"].items()}
         codes = {key: values[:] for key, values in file["codes"].items()} if "codes" in file else {}
     return Pairs(**names, **cells, **design, codes=codes, facts=facts)
+
+
+def _folder_to_map(path: Path, file: h5py.File, in_memory: bool | None) -> Path | None:
+    """Choose where to unpack the expression, ``None`` to hold it in memory; see :func:`read_pairs`."""
+    size = sum(file["cells"][key].size * file["cells"][key].dtype.itemsize for key in EXPRESSION)
+    left = available_memory()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if in_memory is None:
+        in_memory = left is None or size * processes <= IN_MEMORY_SHARE * left
+    if in_memory:
+        return None
+    folders = [path.resolve().parent, Path(tempfile.gettempdir())]
+    writable = [folder for folder in folders if os.access(folder, os.W_OK)]
+    roomy = [folder for folder in writable if free_bytes(folder) >= size * processes]
+    if roomy:
+        log.info("%s of expression in %s are mapped, not held in memory", size_text(size), path)
+        return roomy[0]
+    if left is not None and size * processes <= left:
+        log.warning(
+            "%s: %s of expression take much of the %s of memory that are left; no room to map them in %s",
+            path, size_text(size), size_text(left), " or ".join(map(str, folders)),
+        )  # fmt: skip
+        return None
+    raise InputError(
+        path,
+        f"{size_text(size)} of expression, "
+        + ("" if left is None else f"{size_text(left)} of memory left, and ")
+        + f"no room in {' or '.join(map(str, folders))}",
+        "room for the expression in memory or on disk",
+        "free some space, or name a folder with room in the environment variable TMPDIR",
+    )
 
 
 def _mapped(values: h5py.Dataset, folder: Path) -> np.ndarray:
@@ -610,6 +636,7 @@ def _mapped(values: h5py.Dataset, folder: Path) -> np.ndarray:
             for first in range(0, len(values), BLOCK_ENTRIES):
                 file.write(values[first : first + BLOCK_ENTRIES].tobytes())
             file.flush()
+            os.fsync(file.fileno())  # some file systems say only now that they are full
         # A private mapping, since torch warns of arrays that cannot be written; nothing is.
         return np.asarray(np.memmap(file, dtype=values.dtype, mode="c", shape=values.shape))
 

@@ -274,7 +274,7 @@ def embeddings(model: TrainedModel, cells: ComparedCells, seed: int) -> Iterator
         held_out = tokens[judged[cells.held_out]]
         spread, pooled_spread = std_over_cells(held_out), std_over_cells(held_out.mean(dim=1))
         if name == "untrained":
-            embedding.fit_tokens(tokens[fitted])
+            embedding.fit_tokens(tokens, torch.from_numpy(fitted).to(tokens.device))
         tokens = (tokens - embedding.token_mean) / embedding.token_scale
         flat, pooled = tokens.flatten(1), tokens.mean(dim=1)
         yield Features(name, components(flat[fitted], flat[judged]), spread)

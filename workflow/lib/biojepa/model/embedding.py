@@ -9,6 +9,8 @@ from biojepa.model.blocks import require_shape
 from biojepa.model.encoder import GeneExpressionEncoder
 
 MIN_SCALE = 1e-3
+# Cells whose tokens are summed at a time, in double precision.
+SUMMED_CELLS = 1 << 16
 
 
 class PCAProjection(nn.Module):
@@ -127,10 +129,22 @@ class CellEmbedding(nn.Module):
         self.gene_scale.copy_(scale.clamp(min=0.1) if self.residuals is None else torch.ones_like(scale))
         self.library.copy_(torch.stack([log_library.mean(), log_library.std().clamp(min=MIN_SCALE)]))
 
-    def fit_tokens(self, tokens: Tensor) -> None:
-        """Set the standardization of the tokens from those of training cells (cells, T, D)."""
-        self.token_mean.copy_(tokens.mean(dim=0))
-        self.token_scale.copy_(tokens.std(dim=0).clamp(min=MIN_SCALE))
+    def fit_tokens(self, tokens: Tensor, cells: Tensor) -> None:
+        """Set the standardization of the tokens.
+
+        Parameters
+        ----------
+        tokens
+            (N, T, D) of all cells.
+        cells
+            (n,) positions of the training cells, whose mean and standard deviation are taken: in double
+            precision and a part at a time, since tokens of a million cells are two gigabytes.
+        """
+        parts = cells.split(SUMMED_CELLS)
+        mean = torch.stack([tokens[part].double().sum(dim=0) for part in parts]).sum(dim=0) / len(cells)
+        squares = torch.stack([(tokens[part].double() - mean).square().sum(dim=0) for part in parts])
+        self.token_mean.copy_(mean)
+        self.token_scale.copy_((squares.sum(dim=0) / (len(cells) - 1)).sqrt().clamp(min=MIN_SCALE))
 
     def take_inputs(self, other: CellEmbedding) -> None:
         """Transform and standardize inputs as another embedding of the same genes does."""

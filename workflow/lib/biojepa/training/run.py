@@ -22,7 +22,7 @@ from biojepa.collapse import statistics
 from biojepa.contracts import TRAIN
 from biojepa.linear_branch import LeftOut, LinearBranch, fit_branch
 from biojepa.model.biojepa import BioJEPA
-from biojepa.model.embedding import CellEmbedding, PCAProjection
+from biojepa.model.embedding import SUMMED_CELLS, CellEmbedding, PCAProjection
 from biojepa.pairs import (
     CONTROL_CODE,
     Pairs,
@@ -49,8 +49,6 @@ log = logging.getLogger(__name__)
 MIN_GATED = 3
 GATE_FOLDS = 3
 SCALE_PSEUDO = 4.0
-# Cells whose tokens are summed at a time, in double precision.
-SUMMED_CELLS = 1 << 16
 
 
 def prior_codes(pairs: Pairs, priors: str, seed: int) -> dict[str, np.ndarray]:
@@ -78,7 +76,8 @@ def _fingerprint(pairs: Pairs, settings: TrainSettings, seed: int, encoder_from:
     if encoder_from is not None:
         arrays += [value.cpu().numpy() for value in encoder_from.embedding.state_dict().values()]
     for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
+        # Its bytes are read where they lie: those of mapped expression may be more than memory holds.
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -211,7 +210,7 @@ def train_model(
         if not jointly and (encoder_from is None or encoder_from.settings.stages == "joint"):
             # Undone first, because not every model of a joint config was trained jointly.
             tokens.mul_(embedding.token_scale).add_(embedding.token_mean)
-            embedding.fit_tokens(tokens[fold.cells])
+            embedding.fit_tokens(tokens, fold.cells)
             tokens.sub_(embedding.token_mean).div_(embedding.token_scale)
 
         summary = _Summary.of(fold, tokens)
