@@ -26,10 +26,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from record import provenance, require_files, write_result
 from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "lib"))
+
+from record import provenance, require_files, write_result
 
 from biojepa.contracts import CONTROL
 from biojepa.guides import ASSIGNED, GuideAssignment, GuideCalls, call_guides
