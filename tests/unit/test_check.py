@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import h5py
@@ -15,7 +16,7 @@ from scipy.io import mmwrite
 
 from biojepa.check import as_text, check_config
 from biojepa.check.__main__ import main
-from biojepa.check.plan import MEASURED, STEP_MS, measured_cost
+from biojepa.check.plan import MEASURED, STEP_MS, estimate, measured_cost
 from biojepa.config import load_config
 from biojepa.gene_naming import naming_mismatch
 from biojepa.pairing import PairSettings, build_pairs, freeze_split
@@ -394,13 +395,35 @@ def test_estimates_are_what_was_measured():
         assert milliseconds == math.floor(max(row["processor_ms_per_step"] for row in ours))
 
 
+def test_a_training_is_estimated_by_its_steps_and_by_its_cells(folder):
+    """By hand: 50 steps of each stage are in what was measured of 100,000 cells."""
+    train = {"encoder": {"steps": 250}, "predictor": {"steps": 100}}
+    models = ["mean", "biojepa", "biojepa_predictor_noprior"]  # the last takes over the encoder of the second
+    resolved = load_config(
+        config(train=train, models=models, schemes=["perturbation"]), REPO / "workflow/schemas"
+    )
+    defaults = {name: _plain(part) for name, part in resolved.settings("mine", "train").items()}
+    screens = {"mine": SimpleNamespace(facts={"cells": 100_000, "perturbations": 1_000}, targets=())}
+    seconds, gib = next(row[2:] for row in MEASURED["train"] if row[:2] == (100_000, 1_000))
+    with_encoder = seconds + (200 * 101 + 50 * 60) / 1000
+    without = seconds + 50 * 60 / 1000
+    cost = estimate(resolved, screens, {"train": 6}, defaults)["rules"]["train"]
+    assert cost == {"jobs": 6, "seconds": pytest.approx(6 * (with_encoder + without) / 2), "gib": gib}
+    other = {**defaults, "encoder": {**defaults["encoder"], "embed_dim": 8}}
+    assert "train" in estimate(resolved, screens, {"train": 6}, other)["not_measured"]
+
+
+def _plain(part):
+    return dict(part) if isinstance(part, dict) else part
+
+
 def test_estimates_between_and_beyond_the_measured_sizes():
     # Half way between two screens on a logarithm is their geometric mean.
     half = measured_cost("preprocess", round(math.sqrt(1e5 * 1e6)), 1_000)[0]
-    assert half == pytest.approx(math.sqrt(29.1 * 115.7), rel=1e-4)
-    assert measured_cost("preprocess", 500, 1_000)[0] == pytest.approx(13.4)
+    assert half == pytest.approx(math.sqrt(37.6 * 124.6), rel=1e-4)
+    assert measured_cost("preprocess", 500, 1_000)[0] == pytest.approx(17.3)
     # Beyond the largest, ten times the cells take ten times as long at least.
-    assert measured_cost("pair", 10_000_000, 1_000)[0] == pytest.approx(433, rel=1e-3)
+    assert measured_cost("pair", 10_000_000, 1_000)[0] == pytest.approx(413, rel=1e-2)
 
 
 def test_wrong_rows_do_not_hide_each_other_nor_the_right_one(folder):

@@ -20,31 +20,39 @@ from biojepa.disk import free_bytes, size_text
 from biojepa.models import encoder_source, is_baseline, is_head, resolve_settings
 
 # Processor seconds and peak GiB of docs/performance.md (benchmarks/results/scaling.json): 5,000 genes, 8 % of
-# the matrix filled, one thread. Cells, perturbations, seconds, GiB.
+# the matrix filled, one thread. Cells, perturbations, seconds, GiB. Of training, 50 steps of each stage.
 MEASURED: dict[str, tuple[tuple[int, int, float, float], ...]] = {
     "preprocess": (
-        (10_000, 1_000, 13.4, 0.69),
-        (100_000, 1_000, 29.1, 0.73),
-        (1_000_000, 1_000, 115.7, 1.54),
-        (100_000, 100, 15.3, 0.76),
-        (100_000, 10_000, 108.8, 1.02),
+        (10_000, 1_000, 17.3, 0.69),
+        (100_000, 1_000, 37.6, 0.76),
+        (1_000_000, 1_000, 124.6, 1.54),
+        (100_000, 100, 17.1, 0.77),
+        (100_000, 10_000, 99.1, 1.01),
     ),
     "pair": (
-        (10_000, 1_000, 5.3, 0.43),
-        (100_000, 1_000, 8.2, 0.47),
-        (1_000_000, 1_000, 43.3, 0.73),
-        (100_000, 100, 4.9, 0.35),
-        (100_000, 10_000, 88.6, 1.81),
+        (10_000, 1_000, 4.2, 0.43),
+        (100_000, 1_000, 10.4, 0.47),
+        (1_000_000, 1_000, 41.3, 0.75),
+        (100_000, 100, 4.1, 0.36),
+        (100_000, 10_000, 81.7, 1.81),
+    ),
+    "train": (
+        (10_000, 1_000, 18.3, 1.25),
+        (100_000, 1_000, 54.3, 1.47),
+        (1_000_000, 1_000, 343.3, 5.98),
+        (100_000, 100, 46.9, 1.39),
+        (100_000, 10_000, 245.2, 5.00),
     ),
     "embed": (
-        (10_000, 1_000, 1.5, 0.63),
-        (100_000, 1_000, 14.3, 0.73),
-        (1_000_000, 1_000, 130.2, 1.18),
-        (100_000, 100, 14.2, 0.74),
-        (100_000, 10_000, 13.2, 0.76),
+        (10_000, 1_000, 1.8, 0.65),
+        (100_000, 1_000, 12.4, 0.72),
+        (1_000_000, 1_000, 149.0, 1.17),
+        (100_000, 100, 16.7, 0.72),
+        (100_000, 10_000, 16.3, 0.74),
     ),
 }
 MIDDLE = (100_000, 1_000)
+STEPS_INCLUDED = 50
 # Processor milliseconds, all threads together, of a step of the default networks: the larger of two screens
 # each (benchmarks/results/training_step_cpu.json).
 STEP_MS = {"encoder": 101, "predictor": 60}
@@ -160,7 +168,7 @@ def estimate(
 
     Returns
     -------
-    ``rules`` (rule to ``jobs``, processor ``seconds`` of all of them, peak ``gib`` of one where known),
+    ``rules`` (rule to ``jobs``, processor ``seconds`` of all of them, peak ``gib`` of one),
     ``not_measured`` (rules), and ``missing`` (datasets without a number of cells).
     """
     sizes, missing = {}, []
@@ -176,7 +184,7 @@ def estimate(
         known = screen.facts.get("perturbations", drawn or len(screen.targets) or MIDDLE[1])
         sizes[name] = (int(cells), int(known))
     rules: dict[str, Any] = {}
-    for rule in (rule for rule in MEASURED if rule in jobs):
+    for rule in (rule for rule in MEASURED if rule in jobs and rule != "train"):
         own = [name for name in sizes if rule == "preprocess" or name in config.datasets]
         weight = {name: 1 if rule == "preprocess" else _folds(config, name) for name in own}
         costs = {name: measured_cost(rule, *sizes[name]) for name in own}
@@ -187,9 +195,10 @@ def estimate(
                 "seconds": jobs[rule] * mean,
                 "gib": max(cost[1] for cost in costs.values()),
             }
-    training = _training_seconds(config, defaults)
+    training = _training_cost(config, sizes, defaults)
     if "train" in jobs and training is not None:
-        rules["train"] = {"jobs": jobs["train"], "seconds": jobs["train"] * training, "gib": None}
+        seconds, gib = training
+        rules["train"] = {"jobs": jobs["train"], "seconds": jobs["train"] * seconds, "gib": gib}
     quick = ("index", "provenance", "freeze_split", "unevaluated")
     not_measured = [rule for rule in jobs if rule not in rules and rule not in quick]
     return {"rules": rules, "not_measured": not_measured, "missing": missing}
@@ -199,15 +208,17 @@ def _folds(config: Config, dataset: str) -> int:
     return sum(len(config.folds(dataset, scheme)) for scheme in config.schemes)
 
 
-def _training_seconds(config: Config, defaults: Mapping[str, Any]) -> float | None:
-    """Mean seconds of a training; None where a network has another size than the measured ones."""
+def _training_cost(
+    config: Config, sizes: Mapping[str, tuple[int, int]], defaults: Mapping[str, Any]
+) -> tuple[float, float] | None:
+    """Mean seconds and largest GiB of a training; None where a network has another size than measured."""
     models = [
         model
         for model in config.models
         if not is_baseline(model) and not is_head(model) and model not in config.user_models
     ]
-    seconds = []
-    for dataset in config.datasets:
+    seconds, gib = [], []
+    for dataset in (name for name in config.datasets if name in sizes):
         train = config.settings(dataset, "train")
         if (
             train["stages"] != "two"
@@ -215,13 +226,16 @@ def _training_seconds(config: Config, defaults: Mapping[str, Any]) -> float | No
             or any(train[part][key] != defaults[part][key] for part, keys in SIZES.items() for key in keys)
         ):
             return None
+        beside, memory = measured_cost("train", *sizes[dataset])
+        gib.append(memory)
         for model in models:
             settings = resolve_settings(model, train)
             own_encoder = encoder_source(model) is None and settings["embedding"] not in ("pca", "untrained")
             steps = {"encoder": settings["encoder"]["steps"] * own_encoder}
             steps["predictor"] = settings["predictor"]["steps"]
-            seconds.append(sum(steps[part] * STEP_MS[part] / 1000 for part in steps))
-    return sum(seconds) / len(seconds) if seconds else None
+            more = sum(max(n - STEPS_INCLUDED, 0) * STEP_MS[part] / 1000 for part, n in steps.items())
+            seconds.append(beside + more)
+    return (sum(seconds) / len(seconds), max(gib)) if seconds else None
 
 
 def models_of(config: Config) -> dict[str, Any]:

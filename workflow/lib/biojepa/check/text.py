@@ -220,14 +220,14 @@ def _estimate(estimate: Mapping[str, Any]) -> list[str]:
     """Return time and memory, with what they rest on."""
     lines = ["Estimate, from the figures of docs/performance.md (another machine, 5,000 genes, one thread)"]
     for rule, cost in estimate["rules"].items():
-        memory = f", up to {cost['gib']:.1f} GiB each" if cost["gib"] is not None else ""
-        lines.append(f"  {rule}: {cost['jobs']} job(s), {_time(cost['seconds'])} of processor time{memory}")
+        lines.append(
+            f"  {rule}: {cost['jobs']} job(s), {_time(cost['seconds'])} of processor time, "
+            f"up to {cost['gib']:.1f} GiB each"
+        )
     if len(estimate["rules"]) > 1:
         total = sum(cost["seconds"] for cost in estimate["rules"].values())
-        most = max(cost["gib"] or 0 for cost in estimate["rules"].values())
-        lines.append(
-            f"  together: {_time(total)} of processor time" + (f", {most:.1f} GiB at most" if most else "")
-        )
+        most = max(cost["gib"] for cost in estimate["rules"].values())
+        lines.append(f"  together: {_time(total)} of processor time, {most:.1f} GiB at most")
     if estimate["not_measured"]:
         lines += _wrapped(f"  not measured, so not in it: {', '.join(estimate['not_measured'])}")
     if estimate["missing"]:
