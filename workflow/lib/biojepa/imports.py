@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -54,12 +55,24 @@ def third_party_imports(script: str | Path) -> set[str]:
 def _imported_names(path: Path) -> tuple[str, ...]:
     """Dotted names that a file imports; ``from a import b`` gives ``a`` and ``a.b``."""
     names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+    for node in _statements(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     return tuple(names)
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield all statements, at any depth. More than nine of ten nodes are expressions, which hold no import."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+            inner = getattr(node, part, None)
+            if isinstance(inner, list):
+                waiting.extend(inner)
 
 
 @cache
@@ -71,6 +84,11 @@ def _imported_modules(path: Path) -> tuple[Path, ...]:
             continue
         # Importing a.b.c runs the __init__ of a and of a.b as well.
         for depth in range(len(parts)):
-            base = LIBRARY.joinpath(*parts[1 : depth + 1])
-            modules += [file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()]
+            modules += _files_of(tuple(parts[1 : depth + 1]))
     return tuple(modules)
+
+
+@cache
+def _files_of(parts: tuple[str, ...]) -> tuple[Path, ...]:
+    base = LIBRARY.joinpath(*parts)
+    return tuple(file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file())
