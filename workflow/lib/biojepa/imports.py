@@ -64,7 +64,7 @@ def _imported_names(path: Path) -> tuple[str, ...]:
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """Yield all statements, at any depth. More than nine of ten nodes are expressions, which hold no import."""
+    """Yield all statements, at any depth; nine of ten nodes are expressions, which hold no import."""
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
@@ -77,18 +77,17 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
 
 @cache
 def _imported_modules(path: Path) -> tuple[Path, ...]:
-    modules = []
+    modules: list[Path] = []
     for name in _imported_names(path):
         parts = name.split(".")
         if parts[0] != PACKAGE:
             continue
         # Importing a.b.c runs the __init__ of a and of a.b as well.
         for depth in range(len(parts)):
-            modules += _files_of(tuple(parts[1 : depth + 1]))
+            modules += _files_of(LIBRARY.joinpath(*parts[1 : depth + 1]))
     return tuple(modules)
 
 
 @cache
-def _files_of(parts: tuple[str, ...]) -> tuple[Path, ...]:
-    base = LIBRARY.joinpath(*parts)
+def _files_of(base: Path) -> tuple[Path, ...]:
     return tuple(file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file())
