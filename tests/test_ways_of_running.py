@@ -279,6 +279,7 @@ def test_a_plain_run_on_two_cores_gives_every_table_too(by_conda, checkout, tmp_
     assert tables_below(tmp_path / "results") == tables_below(by_conda.pipeline.folder / "results")
 
 
+@pytest.mark.slow
 def test_the_profile_for_slurm_asks_for_a_gpu_for_training_and_for_no_limit_on_their_number(
     by_conda, channel, tmp_path
 ):
