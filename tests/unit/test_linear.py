@@ -250,7 +250,7 @@ def test_a_source_that_covers_no_searched_label_has_no_weight(monkeypatch):
     np.testing.assert_allclose(model.predict(train), without.predict(train), atol=1e-6)
 
 
-def test_a_kernel_that_rounding_left_indefinite_gets_the_least_jitter_that_helps():
+def test_a_kernel_that_rounding_left_indefinite_gets_the_least_jitter_that_helps(caplog):
     features = np.array([[1.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
     components, every = Components({"gene": features}), np.arange(3)
     noise = np.array([0.0, -2e-8, 0.0])
@@ -260,7 +260,10 @@ def test_a_kernel_that_rounding_left_indefinite_gets_the_least_jitter_that_helps
     unit = np.diag(kernel).mean()
     np.testing.assert_allclose(added, np.diag(np.diag(added)), atol=1e-12)
     np.testing.assert_allclose(np.diag(added), 1e-8 * unit, rtol=0.1)
+    assert "kernel of 3 labels: 1e-08 of its diagonal" in caplog.text
+    caplog.clear()
     plain = linear.noisy_factor(components, {"gene": 1.0}, every, np.ones(3)).numpy()
+    assert not caplog.text
     np.testing.assert_allclose(plain @ plain.T, features @ features.T + np.eye(3), atol=1e-14)
     with pytest.raises(
         np.linalg.LinAlgError, match="kernel of 3 training perturbations is not positive definite"

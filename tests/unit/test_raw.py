@@ -161,14 +161,8 @@ def test_rows_are_taken_and_blocks_without_them_are_not_read():
     ],
 )
 def test_a_matrix_whose_parts_disagree_is_refused(tmp_path, part, values, message):
-    adata = screen()
-    adata.X = sparse.csr_matrix(COUNTS, dtype=np.float32)
-    source = write(adata, tmp_path)
-    with h5py.File(source.path, "a") as file:
-        del file[f"X/{part}"]
-        file[f"X/{part}"] = np.array(values, dtype=np.int32)
     with pytest.raises(InputError, match=message):
-        read_screen(source)
+        read_screen(write_with_part(tmp_path, sparse.csr_matrix(COUNTS, dtype=np.float32), part, values))
 
 
 def test_a_matrix_whose_shape_disagrees_with_its_tables_is_refused(tmp_path):
@@ -191,6 +185,17 @@ def test_a_column_matrix_with_an_entry_outside_is_refused(tmp_path):
         read_screen(source)
 
 
+def write_with_part(folder, matrix, part, values):
+    """Write the screen with a matrix of which one part, such as ``indptr``, is exchanged."""
+    adata = screen()
+    adata.X = matrix
+    source = write(adata, folder)
+    with h5py.File(source.path, "a") as file:
+        del file[f"X/{part}"]
+        file[f"X/{part}"] = np.array(values, dtype=np.int32)
+    return source
+
+
 @pytest.mark.parametrize(
     ("part", "values", "message"),
     [
@@ -202,14 +207,8 @@ def test_a_column_matrix_with_an_entry_outside_is_refused(tmp_path):
     ],
 )
 def test_a_column_matrix_whose_parts_disagree_is_refused(tmp_path, part, values, message):
-    adata = screen()
-    adata.X = sparse.csc_matrix(COUNTS, dtype=np.float32)
-    source = write(adata, tmp_path)
-    with h5py.File(source.path, "a") as file:
-        del file[f"X/{part}"]
-        file[f"X/{part}"] = np.array(values, dtype=np.int32)
     with pytest.raises(InputError, match=message):
-        read_screen(source)
+        read_screen(write_with_part(tmp_path, sparse.csc_matrix(COUNTS, dtype=np.float32), part, values))
 
 
 @pytest.mark.filterwarnings("ignore:Element")

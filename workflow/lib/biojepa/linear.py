@@ -6,6 +6,7 @@ All take Δ, the change of mean log-expression against control, of training pert
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ import torch
 
 from biojepa.neighbours import blocks
 from biojepa.optimizers import LBFGS
+
+log = logging.getLogger(__name__)
 
 JITTER = 1e-6
 # A thousand times the variance of the targets: a trial step of the search beyond it would leave a kernel
@@ -110,7 +113,7 @@ def feature_maps(
 
 
 def product(x: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return ``x @ values``, without the zeros of ``x`` where they are many.
+    """Return ``x @ values`` ``(n, outputs)``, without the zeros of ``x`` ``(n, dim)`` where they are many.
 
     The multi-hot code of 10,000 perturbations has a thousand zeros for each one, and its products would
     take longer than all else that is done with them.
@@ -255,20 +258,19 @@ def noisy_factor(
     """
     kernel = torch.from_numpy(components.weighted(weights, labels, labels))
     kernel.diagonal().add_(torch.from_numpy(noise_variance))
-    factor, wrong = torch.linalg.cholesky_ex(kernel)
     unit, before = kernel.diagonal().mean(), 0.0
-    for jitter in MORE_JITTER:
-        if not wrong:
-            break
+    for jitter in (0.0, *MORE_JITTER):
         kernel.diagonal().add_((jitter - before) * unit)
-        before = jitter
         factor, wrong = torch.linalg.cholesky_ex(kernel)
-    if wrong:
-        raise np.linalg.LinAlgError(
-            f"the kernel of {len(labels)} training perturbations is not positive definite "
-            f"(mean of its diagonal {float(unit):.3g})"
-        )
-    return factor
+        if not wrong:
+            if jitter:
+                log.warning("kernel of %d labels: %g of its diagonal added to it", len(labels), jitter)
+            return factor
+        before = jitter
+    raise np.linalg.LinAlgError(
+        f"the kernel of {len(labels)} training perturbations is not positive definite "
+        f"(mean of its diagonal {float(unit):.3g})"
+    )
 
 
 def posterior_variance(factor: torch.Tensor, cross: np.ndarray, prior: np.ndarray) -> np.ndarray:
