@@ -3,6 +3,7 @@
 import gzip
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import anndata as ad
 import h5py
@@ -13,9 +14,11 @@ from scipy import sparse
 from scipy.io import mmwrite
 
 from biojepa.errors import InputError
+from biojepa.logs import log_to
 from biojepa.raw import RawScreen, ScreenSource, open_screen, read_screen, require_column
 from biojepa.raw.counts import holds_counts, to_counts
 from biojepa.raw.matrix import CompressedRows, spans, take_rows
+from biojepa.raw.parts import damage_told
 from biojepa.raw.read import gene_names
 from biojepa.raw.tables import suggested_column
 
@@ -183,6 +186,17 @@ def test_a_column_matrix_with_an_entry_outside_is_refused(tmp_path):
         file["X/indices"][0] = 3
     with pytest.raises(InputError, match=r"an entry of cell 3 \(counted from 0\); expected 0 to 2"):
         read_screen(source)
+
+
+def test_where_a_part_could_not_be_read_is_in_the_log_of_the_job(tmp_path, capsys):
+    """A mistake of the reader looks like damage; its place must not be lost, nor fill the terminal."""
+    log = tmp_path / "job.log"
+    with pytest.raises(SystemExit), log_to(log), damage_told(Path("a.h5ad")):
+        {}["indptr"]
+    assert "Traceback" in log.read_text() and "KeyError: 'indptr'" in log.read_text()
+    terminal = capsys.readouterr().err
+    assert "a.h5ad: found a part that cannot be read (KeyError: 'indptr')" in terminal
+    assert "Traceback" not in terminal
 
 
 def write_with_part(folder, matrix, part, values):

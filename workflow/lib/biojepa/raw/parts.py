@@ -100,8 +100,9 @@ def damage_told(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and (isinstance(error, FileNotFoundError) or error.errno is not None):
             raise
         by_hdf5 = isinstance(error, OSError)
-        # The same errors could be a mistake of this reader, and then their place is what helps.
-        log.debug("reading %s", path, exc_info=error)
+        # The same errors could be a mistake of this reader, and then their place is what helps: in the log of
+        # the job, which has what is said from this level on, and not on the terminal.
+        log.info("reading %s", path, exc_info=error)
         raise InputError(
             path,
             f"a part that HDF5 cannot read ({error})"
